@@ -1,0 +1,57 @@
+"""Prefill: the prompt through target and draft, with one sampling step fused to its end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aquiline.attention.paged import PagedAttention, TreePlan
+from aquiline.decoding.models import DecoderModels, Planes
+from aquiline.decoding.state import DecodeState
+from aquiline.kvcache.pool import KVPlane, slots_at
+from aquiline.sampling.batch import SamplingBatch
+from aquiline.sampling.draw import draw, position_noise
+
+
+@torch.inference_mode()
+def prefill(
+    models: DecoderModels,
+    planes: Planes,
+    page_table: Tensor,
+    tokens: Tensor,
+    counts: Tensor,
+    sampling: SamplingBatch,
+) -> DecodeState:
+    """Run whole prompts and draw each one's first token.
+
+    Args:
+        page_table: [B, M] pages with room for the prompts.
+        tokens: [B, T] prompt tokens, padded on the right; ``counts`` [B] are valid.
+
+    Returns:
+        The state for the first round; its ``roots`` are the first tokens.
+    """
+    columns = torch.arange(tokens.shape[1], device=tokens.device)
+    valid = columns < counts[:, None]
+    positions = torch.where(valid, columns, 0)
+    start = torch.zeros_like(counts)
+
+    def attention(plane: KVPlane, rows: int) -> PagedAttention:
+        slots = slots_at(page_table, positions[:, :rows], plane.page_size)
+        slots = torch.where(valid[:, :rows], slots, 0)
+        return PagedAttention(plane, TreePlan(page_table, start, slots))
+
+    features = models.target(tokens, positions, attention(planes.target, len(columns))).features
+    index = (counts - 1)[:, None, None].expand(-1, 1, features.shape[-1])
+    last = features.gather(1, index)
+    noise = position_noise(sampling, counts[:, None], models.target.config.vocab_size)
+    first = draw(models.target.logits(last), sampling, noise)
+    drafter = models.drafter
+    if drafter is not None and planes.draft is not None and len(columns) > 1:
+        # Pair (t_{i+1}, h_i) for every i below the last; that one waits for the drawn token. A
+        # shorter prompt's last row pairs with padding; the first round overwrites its slot.
+        rows = len(columns) - 1
+        embeddings = models.target.embed_tokens(tokens[:, 1:])
+        drafter.draft(embeddings, features[:, :rows], positions[:, :rows],
+                      attention(planes.draft, rows))  # fmt: skip
+    return DecodeState(counts, first.squeeze(1), first, last, torch.ones_like(counts))

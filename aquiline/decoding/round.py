@@ -1,0 +1,192 @@
+"""One decoding round: draft a tree, verify it in one target forward, commit the accepted path.
+
+    pending pairs --> draft --> scores --> level 1 --> draft --> ... level D
+                       (re-sync and first step in one pass)            |
+    emitted tokens <-- accept <-- target over the tree <---------------+
+
+Slots past a request's length n hold the tree: node i of the target at n + i, node i of the draft at
+n + i - 1 (the draft has no root node: its pairs end at position n - 1). Written once, run eagerly;
+nothing here reads a tensor on the host except where the CPU trims padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aquiline.attention.paged import PagedAttention, TreePlan
+from aquiline.core.params import VerificationRule
+from aquiline.decoding.models import DecoderModels, Drafter, Planes
+from aquiline.decoding.state import DecodeState
+from aquiline.kvcache.pool import KVPlane, slots_at
+from aquiline.sampling.batch import SamplingBatch
+from aquiline.speculation.drafting import DraftedLevel, grow
+from aquiline.speculation.tree import TreeTables
+from aquiline.speculation.verification.noise import RoundNoise
+from aquiline.speculation.verification.rules import RULES, Rule
+from aquiline.speculation.verification.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """The verdict and the state that the next round starts from."""
+
+    verdict: Verdict
+    state: DecodeState
+
+
+@torch.inference_mode()
+def decode_round(
+    models: DecoderModels,
+    planes: Planes,
+    tree: TreeTables,
+    rule_name: VerificationRule,
+    page_table: Tensor,
+    state: DecodeState,
+    sampling: SamplingBatch,
+) -> RoundResult:
+    """Advance every request of the batch by one round.
+
+    Args:
+        page_table: [B, M]; every request owns slots for ``tree.shape.size`` tokens past its length.
+        state: see DecodeState; not modified.
+    """
+    lengths = state.lengths
+    after = lengths[:, None] + 1 + torch.arange(tree.shape.depth + 1, device=lengths.device)
+    vocab = models.target.config.vocab_size
+    drafter = models.drafter
+    draft_ids = None if drafter is None else drafter.head.token_ids
+    rule = RULES[rule_name](RoundNoise(tree, sampling, after, vocab, draft_ids))
+
+    tokens = state.roots[:, None]
+    if drafter is not None and planes.draft is not None:
+        drafting = _Drafting(models, drafter, planes.draft, tree, rule, page_table, state)
+        tokens = grow(tree, state.roots, drafting.score_children, drafter.head.to_target)
+    features, logits = _verify(models, planes.target, tree, page_table, lengths, tokens)
+    verdict = rule.accept(tokens, logits)
+    _commit_path(planes.target, tree, page_table, lengths, verdict)
+    return RoundResult(verdict, _next_state(lengths, features, verdict))
+
+
+def _verify(
+    models: DecoderModels,
+    plane: KVPlane,
+    tree: TreeTables,
+    page_table: Tensor,
+    lengths: Tensor,
+    tokens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The target over the whole tree: features [B, N, d] and raw logits [B, N, V]."""
+    nodes = torch.arange(tree.shape.size, device=lengths.device)
+    slots = slots_at(page_table, lengths[:, None] + nodes, plane.page_size)
+    if tree.shape.size == 1:
+        plan = TreePlan(page_table, lengths + 1, slots, in_prefix=True)
+    else:
+        plan = TreePlan(page_table, lengths, slots, mask=tree.ancestors)
+    positions = lengths[:, None] + tree.depths
+    features = models.target(tokens, positions, PagedAttention(plane, plan)).features
+    return features, models.target.logits(features)
+
+
+def _commit_path(
+    plane: KVPlane, tree: TreeTables, page_table: Tensor, lengths: Tensor, verdict: Verdict
+) -> None:
+    """Move the accepted nodes' keys to where plain decoding would have put them.
+
+    Nodes past ``accepted`` are moved too, into room that the next round overwrites. The nodes of a
+    chain are already in place.
+    """
+    if tree.shape.depth == tree.shape.size - 1:
+        return
+    start = lengths[:, None]
+    source = slots_at(page_table, start + verdict.path[:, 1:], plane.page_size)
+    depths = torch.arange(1, tree.shape.depth + 1, device=lengths.device)
+    target = slots_at(page_table, start + depths, plane.page_size)
+    plane.commit_path(source.flatten(), target.flatten())
+
+
+def _next_state(lengths: Tensor, features: Tensor, verdict: Verdict) -> DecodeState:
+    """Accepted nodes and the bonus token become pending pairs; the bonus token is the new root."""
+    counts = verdict.accepted + 1
+    index = verdict.path[:, :, None].expand(-1, -1, features.shape[-1])
+    return DecodeState(
+        lengths=lengths + counts,
+        roots=verdict.tokens.gather(1, verdict.accepted[:, None]).squeeze(1),
+        pending_tokens=verdict.tokens,
+        pending_features=features.gather(1, index),
+        pending_counts=counts,
+    )
+
+
+class _Drafting:
+    """The draft's passes of one round: re-sync plus first step, then one pass per level."""
+
+    def __init__(
+        self,
+        models: DecoderModels,
+        drafter: Drafter,
+        plane: KVPlane,
+        tree: TreeTables,
+        rule: Rule,
+        page_table: Tensor,
+        state: DecodeState,
+    ) -> None:
+        self.models, self.drafter, self.plane, self.tree = models, drafter, plane, tree
+        self.rule, self.page_table, self.state = rule, page_table, state
+        self._features = state.pending_features[:, :1]  # [B, E, d] of the last pass
+
+    def score_children(self, above: DraftedLevel | None) -> Tensor:
+        if above is None:
+            self._features = self._resync()
+            depth = 1
+        else:
+            self._features = self._expand(above)
+            depth = above.depth + 1
+        return self.rule.child_scores(self.drafter.logits(self._features), depth)
+
+    def _run(self, tokens: Tensor, features: Tensor, positions: Tensor, plan: TreePlan) -> Tensor:
+        embeddings = self.models.target.embed_tokens(tokens)
+        attention = PagedAttention(self.plane, plan)
+        hidden: Tensor = self.drafter.draft(embeddings, features, positions, attention)
+        return hidden
+
+    def _resync(self) -> Tensor:
+        """Feed the pending pairs; the last one's prediction [B, 1, d] is the root's.
+
+        Padding rows (past a request's count) write to the dustbin. The CPU trims them.
+        """
+        state, device = self.state, self.state.lengths.device
+        width = state.pending_tokens.shape[1]
+        if device.type == "cpu":
+            width = int(state.pending_counts.max())
+        counts, columns = state.pending_counts[:, None], torch.arange(width, device=device)
+        start = state.lengths - state.pending_counts
+        valid = columns < counts
+        positions = torch.where(valid, start[:, None] + columns, 0)
+        slots = slots_at(self.page_table, positions, self.plane.page_size)
+        if width == 1:
+            plan = TreePlan(self.page_table, start + 1, slots, in_prefix=True)
+        else:
+            plan = TreePlan(self.page_table, start, torch.where(valid, slots, 0))
+        tokens, features = state.pending_tokens[:, :width], state.pending_features[:, :width]
+        hidden = self._run(tokens, features, positions, plan)
+        last = (counts - 1)[:, :, None].expand(-1, 1, hidden.shape[-1])
+        return hidden.gather(1, last)
+
+    def _expand(self, above: DraftedLevel) -> Tensor:
+        """Feed the expanded nodes of a level, with the features their parents predicted."""
+        tree, lengths, depth = self.tree, self.state.lengths, above.depth
+        nodes = tree.expanded_nodes[depth]
+        features = self._features[:, above.level.parents[above.level.expanded]]
+        positions = (lengths + depth - 1)[:, None].expand(-1, len(nodes))
+        slots = slots_at(self.page_table, lengths[:, None] + nodes - 1, self.plane.page_size)
+        if tree.shape.depth == tree.shape.size - 1:  # a chain: what it sees is contiguous
+            plan = TreePlan(self.page_table, lengths + depth, slots, in_prefix=True)
+        else:
+            seen = torch.cat(tree.expanded_nodes[1 : depth + 1])
+            suffix = slots_at(self.page_table, lengths[:, None] + seen - 1, self.plane.page_size)
+            mask = tree.ancestors[nodes][:, seen]
+            plan = TreePlan(self.page_table, lengths, slots, mask, suffix)
+        return self._run(above.expanded_tokens, features, positions, plan)

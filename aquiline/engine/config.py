@@ -1,0 +1,74 @@
+"""EngineConfig: what the engine is built from, validated before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from aquiline.core.errors import AquilineError
+from aquiline.core.params import SpeculationParams
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
+DTYPES = ("auto", "float32", "bfloat16", "float64")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and choices of one engine.
+
+    Attributes:
+        model: a built-in name, a Hugging Face folder, or a GGUF file.
+        dtype: "auto" is bfloat16 where the device multiplies it natively, else float32.
+        device: "auto" is CUDA where there is one.
+        max_model_len: tokens of prompt and text together; None takes the model's own limit.
+        max_num_seqs: requests in a running batch at most.
+        page_size: tokens a page of the KV cache.
+        kv_cache_tokens: size of the KV cache; None is one full context, or a fair batch's worth.
+        gpu_memory_utilization: on CUDA, the share of the card that weights and cache may fill.
+        speculation: None is plain decoding.
+    """
+
+    model: str
+    dtype: DtypeName = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 16
+    page_size: int = 128
+    kv_cache_tokens: int | None = None
+    gpu_memory_utilization: float = 0.8
+    tensor_parallel_size: int = 1
+    speculation: SpeculationParams | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise AquilineError(f"dtype={self.dtype!r}: one of {DTYPES}")
+        for name in ("max_model_len", "max_num_seqs", "page_size", "kv_cache_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise AquilineError(f"{name}={value}: give a positive number")
+        if self.tensor_parallel_size != 1:
+            raise AquilineError(
+                f"tensor_parallel_size={self.tensor_parallel_size}: this version runs on one rank; "
+                "give 1"
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise AquilineError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization}: give a number in (0, 1]"
+            )
+
+    def pages(self, max_model_len: int, room: int) -> int:
+        """Pages of the cache, the dustbin included; ``room`` is a tree's nodes.
+
+        Raises AquilineError if one request of ``max_model_len`` tokens would not fit.
+        """
+        one_request = math.ceil((max_model_len + room) / self.page_size)
+        default = max(one_request * self.page_size, 32768)
+        pages = math.ceil((self.kv_cache_tokens or default) / self.page_size)
+        if pages < one_request:
+            raise AquilineError(
+                f"kv_cache_tokens={self.kv_cache_tokens}: one request of max_model_len="
+                f"{max_model_len} tokens and its draft tree needs {one_request * self.page_size}; "
+                "raise it or lower max_model_len"
+            )
+        return pages + 1

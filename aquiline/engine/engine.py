@@ -1,0 +1,83 @@
+"""The heart: schedule, launch, settle."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence as Tokens
+
+from aquiline.core.errors import AquilineError
+from aquiline.core.outputs import RequestOutput
+from aquiline.core.params import MAX_SEED, SamplingParams
+from aquiline.core.request import Request
+from aquiline.engine.config import EngineConfig
+from aquiline.engine.loader import LoadedModel
+from aquiline.engine.runner import Runner, Ticket
+from aquiline.engine.scheduler import Scheduler, StepTokens
+from aquiline.engine.sequence import Sequence
+from aquiline.kvcache.pages import PageAllocator
+from aquiline.kvcache.table import PageTable
+from aquiline.text.detokenizer import Detokenizer
+
+
+class Engine:
+    """Continuous batching: requests join and leave between steps."""
+
+    def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
+        self.config, self.tokenizer = config, loaded.tokenizer
+        self.max_model_len = loaded.max_model_len
+        room = loaded.tree.size
+        pages = config.pages(self.max_model_len, room)
+        self.allocator = PageAllocator(pages)
+        planes = loaded.models.planes(pages, config.page_size)
+        rule = "coupled" if config.speculation is None else config.speculation.verification
+        self.scheduler = Scheduler(config.max_num_seqs, room, loaded.prefill_tokens)
+        self.runner = Runner(loaded.models, planes, loaded.tree, rule, config.max_num_seqs)
+        self._next_id = 0
+
+    def step(self) -> list[RequestOutput]:
+        """One prefill or one round; what it emitted, request by request."""
+        batch = self.scheduler.schedule()
+        ticket = self.runner.launch(batch)
+        return self.scheduler.settle(self.swap(ticket))
+
+    def swap(self, ticket: Ticket) -> list[StepTokens]:
+        """The tokens that are due in this step: on the CPU, where nothing overlaps, its own."""
+        return self.runner.collect(ticket)
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add_request(self, prompt_token_ids: Tokens[int], params: SamplingParams) -> int:
+        """Queue a prompt and return its id; raises AquilineError on a prompt that cannot run."""
+        count, limit = len(prompt_token_ids), self.max_model_len
+        vocab = self.runner.models.target.config.vocab_size
+        if count == 0:
+            raise AquilineError("prompt: it is empty; give at least one token")
+        if count >= limit:
+            raise AquilineError(
+                f"prompt: {count} tokens leave no room in the context of {limit}; shorten it or "
+                "raise max_model_len"
+            )
+        if not all(0 <= token < vocab for token in prompt_token_ids):
+            raise AquilineError(f"prompt_token_ids: a token is outside the vocabulary of {vocab}")
+        self._next_id += 1
+        seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
+        request = Request(self._next_id, tuple(prompt_token_ids), params, seed)
+        ends = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            ends |= set(self.tokenizer.eos_token_ids)
+        self.scheduler.add(
+            Sequence(
+                request,
+                PageTable(self.allocator, self.config.page_size),
+                Detokenizer(self.tokenizer, params.skip_special_tokens, params.stop),
+                frozenset(ends),
+                min(params.max_tokens or limit, limit - count),
+            )
+        )
+        return request.id
+
+    def abort(self, request_id: int) -> RequestOutput | None:
+        """End a request now; its pages are free at once."""
+        return self.scheduler.abort(request_id)

@@ -1,0 +1,110 @@
+"""From names to models: resolve, open, check that target and draft fit, load, pack."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from aquiline.core.errors import AquilineError
+from aquiline.core.params import SpeculationParams
+from aquiline.decoding.models import DecoderModels, Drafter
+from aquiline.engine.config import EngineConfig
+from aquiline.kernels.cpu import native_bf16
+from aquiline.models.checkpoint import open_checkpoint
+from aquiline.models.draft import DraftHead
+from aquiline.models.draft_checkpoint import load_draft
+from aquiline.models.llama import Llama, load_llama
+from aquiline.models.registry import resolve, shipped_draft
+from aquiline.speculation.tree import TreeShape
+from aquiline.text.tokenizer import Tokenizer, load_tokenizer
+
+DEFAULT_CHAIN = 3
+PREFILL_TOKENS = {"cpu": 512, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """Everything an engine needs to start."""
+
+    models: DecoderModels
+    tokenizer: Tokenizer
+    tree: TreeShape
+    max_model_len: int
+    prefill_tokens: int
+    sampling_defaults: dict[str, object]
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" or native_bf16() else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def tree_of(speculation: SpeculationParams | None) -> TreeShape:
+    """The tree that the parameters ask for; a root alone without speculation."""
+    if speculation is None:
+        return TreeShape.chain(0)
+    if isinstance(speculation.tree, str):
+        return TreeShape.named(speculation.tree)
+    if speculation.tree is not None:
+        return TreeShape.of(speculation.tree)
+    return TreeShape.chain(speculation.num_speculative_tokens or DEFAULT_CHAIN)
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    """Load the target, its tokenizer and, with speculation, its draft."""
+    path = resolve(config.model)
+    checkpoint = open_checkpoint(path)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    context = checkpoint.config.max_position_embeddings
+    max_model_len = config.max_model_len or context
+    if max_model_len > context:
+        raise AquilineError(
+            f"max_model_len={max_model_len}: the model's context is {context}; give at most that"
+        )
+    tree = tree_of(config.speculation)
+    config.pages(max_model_len, tree.size)  # refuse a cache that is too small before loading
+    positions = max_model_len + tree.size
+    target = load_llama(checkpoint, dtype, device, positions)
+    drafter = None
+    if config.speculation is not None:
+        drafter = _drafter(config.speculation, config.model, target, positions)
+    models = DecoderModels(target, drafter)
+    models.pack()
+    return LoadedModel(
+        models, load_tokenizer(path), tree, max_model_len, PREFILL_TOKENS[device.type],
+        _sampling_defaults(checkpoint.generation_config),
+    )  # fmt: skip
+
+
+def _drafter(
+    speculation: SpeculationParams, target_name: str, target: Llama, positions: int
+) -> Drafter:
+    folder = Path(speculation.model) if speculation.model else shipped_draft(target_name)
+    if folder is None:
+        raise AquilineError(
+            f"speculative_config: no draft is shipped for {target_name!r}; give its folder as "
+            "'model'"
+        )
+    loaded = load_draft(folder, target, positions)
+    return Drafter(loaded.draft, DraftHead(target, loaded.token_ids))
+
+
+def _sampling_defaults(generation_config: dict[str, object]) -> dict[str, object]:
+    """The checkpoint's own sampling settings, where it has any."""
+    if not generation_config.get("do_sample", False):
+        return {}
+    names = ("temperature", "top_k", "top_p", "min_p")
+    return {name: generation_config[name] for name in names if generation_config.get(name)}

@@ -1,0 +1,79 @@
+"""Sequence: a request while the engine works on it (host side)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+
+from aquiline.core.outputs import (
+    CompletionOutput,
+    FinishReason,
+    RequestOutput,
+    SpeculationStats,
+)
+from aquiline.core.request import Request
+from aquiline.kvcache.table import PageTable
+from aquiline.text.detokenizer import Detokenizer
+
+
+class Sequence:
+    """Tokens so far, pages, and what speculation did for them."""
+
+    def __init__(
+        self,
+        request: Request,
+        table: PageTable,
+        detokenizer: Detokenizer,
+        end_tokens: frozenset[int],
+        max_tokens: int,
+    ) -> None:
+        self.request, self.table, self.detokenizer = request, table, detokenizer
+        self.end_tokens, self.max_tokens = end_tokens, max_tokens
+        self.row: int | None = None  # its row of the decode state, while running
+        self.output: list[int] = []
+        self.depths: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self.rounds = self.emitted = self.drafted = 0
+        self.accepted_by_depth: list[int] = []
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and output: what a preempted sequence is prefilled with."""
+        return [*self.request.prompt_token_ids, *self.output]
+
+    def record_round(self, accepted: int, drafted: int, depth: int) -> None:
+        """Count one round that accepted ``accepted`` of ``drafted`` nodes, ``depth`` deep."""
+        self.rounds += 1
+        self.emitted += accepted + 1
+        self.drafted += drafted
+        self.accepted_by_depth += [0] * (depth - len(self.accepted_by_depth))
+        for level in range(accepted):
+            self.accepted_by_depth[level] += 1
+
+    def extend(self, tokens: Tokens[int], depths: Tokens[int]) -> str:
+        """Append emitted tokens up to the first stop condition; returns the new text."""
+        delta = ""
+        for token, depth in zip(tokens, depths, strict=True):
+            self.output.append(token)
+            self.depths.append(depth)
+            ended = token in self.end_tokens
+            if not ended:
+                delta += self.detokenizer.append([token])
+            if ended or self.detokenizer.stopped_at is not None:
+                self.finish_reason = "stop"
+            elif len(self.output) >= self.max_tokens:
+                self.finish_reason = "length"
+            if self.finish_reason is not None:
+                return delta + self.detokenizer.finish()
+        return delta
+
+    def output_now(self, delta: str = "") -> RequestOutput:
+        """The request's state as the user sees it."""
+        completion = CompletionOutput(self.detokenizer.text, tuple(self.output), self.finish_reason)
+        stats = SpeculationStats(
+            self.rounds, self.emitted, self.drafted, tuple(self.accepted_by_depth),
+            tuple(self.depths),
+        )  # fmt: skip
+        return RequestOutput(
+            self.request.id, self.request.prompt_token_ids, (completion,), stats,
+            self.finish_reason is not None, delta,
+        )  # fmt: skip

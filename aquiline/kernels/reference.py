@@ -1,0 +1,192 @@
+"""Plain-torch twins of every operation: the definition that the fast kernels are tested against.
+
+Differentiable where training needs it, exact in float64, and with the full ragged contract.
+Attention softmax, norms and noise are computed in fp32 at least. See ops.py for the contracts.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# ------------------------------------------------------------------------------- dense layers
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., d] / rms(x) * weight [d], the mean square taken in fp32 at least."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [..., 2i] -> silu(gate) * up [..., i]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Rotate heads x [B, T, H, D] by cos, signed_sin [B, T, 1, D] (halves convention).
+
+    ``signed_sin`` carries the minus sign of the first half, so that rotate_half is a roll.
+    """
+    return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, dims=-1), signed_sin)
+
+
+# ---------------------------------------------------------------------------------- attention
+
+
+def attention_state(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention with its log-sum-exp: q [B,T,H,D], k, v [B,S,K,D], mask [B,T,S] bool.
+
+    Returns (out [B,T,H,D], lse [B,T,H]), fp32 at least; a row that sees nothing has out 0 and
+    lse -inf. The H/K query heads that share a key head are packed as rows of one product.
+    """
+    batch, rows, heads, size = q.shape
+    kv_heads = k.shape[2]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(dtype).view(batch, rows, kv_heads, heads // kv_heads, size)
+    scores = torch.einsum("btkgd,bskd->btkgs", grouped, k.to(dtype)) * size**-0.5
+    scores = scores.masked_fill(~mask[:, :, None, None, :], float("-inf"))
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.clamp_min(torch.finfo(dtype).min)[..., None])
+    out = torch.einsum("btkgs,bskd->btkgd", weights, v.to(dtype))
+    return out.reshape(q.shape), lse.reshape(batch, rows, heads)
+
+
+def merge_states(
+    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
+) -> Tensor:  # the softmax over the union of two key sets
+    """out [..., D] of the union, from each part's out [..., D] and lse [...]."""
+    return torch.lerp(out_b, out_a, torch.sigmoid(lse_a - lse_b)[..., None])
+
+
+def prefix_slots(page_table: Tensor, page_size: int) -> Tensor:
+    """Slots [B, M * page_size] of the pages [B, M], in order."""
+    offsets = torch.arange(page_size, device=page_table.device)
+    return (page_table[:, :, None] * page_size + offsets).flatten(1)
+
+
+def suffix_visibility(mask: Tensor | None, batch: int, rows: int, device: torch.device) -> Tensor:
+    """The suffix mask as bool [B, T, S]; None is causal."""
+    if mask is None:
+        mask = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+    return mask.expand(batch, *mask.shape[-2:])
+
+
+def tree_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    page_size: int,
+    prefix_lengths: Tensor,
+    k_suffix: Tensor | None,
+    v_suffix: Tensor | None,
+    suffix_mask: Tensor | None,
+) -> Tensor:
+    batch, rows = q.shape[:2]
+    slots = prefix_slots(page_table, page_size)
+    in_prefix = torch.arange(slots.shape[1], device=q.device) < prefix_lengths[:, None]
+    slots = torch.where(in_prefix, slots, 0)
+    visible = in_prefix[:, None, :].expand(batch, rows, -1)
+    out, lse = attention_state(q, k_cache[slots], v_cache[slots], visible)
+    if k_suffix is not None and v_suffix is not None:
+        mask = suffix_visibility(suffix_mask, batch, rows, q.device)
+        out = merge_states(out, lse, *attention_state(q, k_suffix, v_suffix, mask))
+    return out.to(q.dtype)
+
+
+# ------------------------------------------------------------------------------------ KV cache
+
+
+def write_kv(cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write k, v [B, T, K, D] to cache [2, slots, K, D] at slots [B, T]; slot 0 is a dustbin."""
+    flat = slots.flatten()
+    cache[0].index_copy_(0, flat, k.flatten(0, 1).to(cache.dtype))
+    cache[1].index_copy_(0, flat, v.flatten(0, 1).to(cache.dtype))
+
+
+def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy slots source [n] of cache [L, 2, slots, K, D] to slots target [n], as if at once."""
+    cache.index_copy_(2, target, cache.index_select(2, source))
+
+
+# --------------------------------------------------------------------------------------- noise
+
+_MASK32 = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+class Stream(IntEnum):
+    """What a random number is for. Streams of one (seed, choice, position) are independent."""
+
+    DRAW = 0  # the coupled draw, shared with the draft by design
+    PROPOSE = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
+    """Philox 4x32-10 (Salmon et al., SC 2011): four 32-bit words, stacked in a new last axis.
+
+    Words are int64 tensors holding values below 2^32; counters and keys broadcast.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((product1 >> 32) & _MASK32) ^ c1 ^ k0,
+            product1 & _MASK32,
+            ((product0 >> 32) & _MASK32) ^ c3 ^ k1,
+            product0 & _MASK32,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
+    words: Tensor = torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), dim=-1)  # type: ignore[no-untyped-call]
+    return words
+
+
+def _bits(seeds: Tensor, choices: Tensor, positions: Tensor, count: int, stream: Stream) -> Tensor:
+    """32-bit words [B, P, count] keyed by seeds [B], choices [B], positions [B, P], index."""
+    blocks = torch.arange(-(-count // 4), device=seeds.device)
+    seeds, choices = seeds[:, None, None], choices[:, None, None]
+    counter = (
+        blocks,
+        positions[:, :, None] & _MASK32,
+        choices & _MASK32,
+        torch.tensor(int(stream), device=seeds.device),
+    )
+    words = philox(counter, (seeds & _MASK32, (seeds >> 32) & _MASK32))
+    return words.flatten(-2)[..., :count]
+
+
+def uniform_noise(
+    seeds: Tensor, choices: Tensor, positions: Tensor, count: int, stream: Stream
+) -> Tensor:
+    """Uniforms [B, P, count] in (0, 1), fp64 so that 32 bits never round to 1."""
+    bits = _bits(seeds, choices, positions, count, stream)
+    return (bits.double() + 0.5) * 2.0**-32
+
+
+def gumbel_noise(
+    seeds: Tensor, choices: Tensor, positions: Tensor, vocab: int, stream: Stream = Stream.DRAW
+) -> Tensor:
+    """Gumbel noise -log(-log1p(-u)) [B, P, vocab], fp32, always finite.
+
+    A pure function of (seed, choice, position, token id, stream). u = (r + 0.5) / 2^32 from 32
+    bits r. ``-log1p(-u)`` is taken in fp32 where u is small (fp32 resolves it there) and from
+    1 - u, exact in integers, where u is large.
+    """
+    bits = _bits(seeds, choices, positions, vocab, stream)
+    low = (bits.to(torch.float32) + 0.5) * 2.0**-32
+    high = ((_MASK32 - bits).to(torch.float32) + 0.5) * 2.0**-32  # 1 - u
+    exponential = torch.where(bits < 2**31, -torch.log1p(-low), -torch.log(high))
+    return -torch.log(exponential)

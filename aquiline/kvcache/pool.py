@@ -1,0 +1,62 @@
+"""KVPool: the tensors behind the pages, one plane for the target and one for the draft.
+
+Both planes share page ids: a page of a sequence holds the target's and the draft's keys and values
+of the same positions, so one table serves both. A plane is [layers, 2, slots, kv_heads, head_dim].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aquiline.kernels import ops
+
+
+@dataclass(frozen=True)
+class PlaneShape:
+    """What one model stores per token."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        return self.layers * 2 * self.kv_heads * self.head_dim * dtype.itemsize
+
+
+class KVPlane:
+    """Keys and values of one model: ``layer(i)`` is [2, slots, kv_heads, head_dim]."""
+
+    def __init__(
+        self,
+        shape: PlaneShape,
+        slots: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        size = (shape.layers, 2, slots, shape.kv_heads, shape.head_dim)
+        self.data = torch.zeros(size, dtype=dtype, device=device)
+        self.page_size = page_size
+
+    def layer(self, index: int) -> Tensor:
+        return self.data[index]
+
+    def commit_path(self, source: Tensor, target: Tensor) -> None:
+        """Move accepted nodes from slots source [n] to slots target [n], in every layer."""
+        ops.move_kv(self.data, source, target)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page in every layer (fork)."""
+        size = self.page_size
+        self.data[:, :, target * size : (target + 1) * size] = self.data[
+            :, :, source * size : (source + 1) * size
+        ]
+
+
+def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """Slots of positions [B, T] through page_table [B, M]."""
+    pages = torch.gather(page_table, 1, positions // page_size)
+    return pages * page_size + positions % page_size

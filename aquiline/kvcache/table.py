@@ -1,0 +1,72 @@
+"""PageTable: the pages of one sequence and how many tokens are committed in them (host side).
+
+    |<------------- length ------------>|<- room ->|
+    [ committed tokens, one slot each   | tree     |   ]   pages * page_size slots
+
+A round reserves room for its tree, writes the nodes there, and commits the accepted path: the
+rest of the room is simply overwritten by the next round (rewind costs nothing).
+"""
+
+from __future__ import annotations
+
+from aquiline.kvcache.pages import OutOfPages, PageAllocator
+
+
+class PageTable:
+    """Pages of one sequence. Invariant: ``length <= capacity``."""
+
+    def __init__(self, allocator: PageAllocator, page_size: int) -> None:
+        self.allocator, self.page_size = allocator, page_size
+        self.pages: list[int] = []
+        self.length = 0
+
+    @property
+    def capacity(self) -> int:
+        return len(self.pages) * self.page_size
+
+    def reserve(self, room: int) -> None:
+        """Own slots for ``room`` tokens beyond the length, or raise OutOfPages and change nothing.
+
+        A shared last page must be written by this sequence alone, see ``fork``.
+        """
+        needed = -(-(self.length + room) // self.page_size) - len(self.pages)
+        if needed > self.allocator.free_count:
+            raise OutOfPages
+        for _ in range(needed):
+            after = self.pages[-1] if self.pages else None
+            self.pages.append(self.allocator.allocate(after))
+
+    def append(self, count: int) -> None:
+        """Commit ``count`` tokens that were written into reserved room."""
+        assert 0 <= count <= self.capacity - self.length, "commit beyond the reserved room"
+        self.length += count
+
+    def rewind(self, length: int) -> None:
+        """Forget the tokens beyond ``length`` and free the pages past it."""
+        assert 0 <= length <= self.length
+        self.length = length
+        keep = -(-length // self.page_size)
+        while len(self.pages) > keep:
+            self.allocator.free(self.pages.pop())
+
+    def fork(self) -> tuple[PageTable, tuple[int, int] | None]:
+        """A second sequence with the same tokens: full pages are shared, a partial one is new.
+
+        Returns the new table and, if the last page is partial, (source page, target page) whose
+        contents the caller copies. Raises OutOfPages and changes nothing.
+        """
+        twin = PageTable(self.allocator, self.page_size)
+        full, partial = divmod(self.length, self.page_size)
+        copy = None
+        if partial:
+            after = self.pages[full - 1] if full else None
+            copy = (self.pages[full], self.allocator.allocate(after))
+        for page in self.pages[:full]:
+            self.allocator.share(page)
+        twin.pages = self.pages[:full] + ([copy[1]] if copy else [])
+        twin.length = self.length
+        return twin, copy
+
+    def free(self) -> None:
+        """Give every page back (the request ended, was aborted or preempted)."""
+        self.rewind(0)

@@ -1,0 +1,42 @@
+"""The self-attention layer of Llama: project, rotate, attend through the backend, project back."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from aquiline.attention.backend import Attention
+from aquiline.distributed.ranks import SINGLE, Ranks
+from aquiline.kernels import ops
+from aquiline.layers.linear import ColumnParallelLinear, RowParallelLinear
+from aquiline.layers.rotary import Angles
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query attention; ``bias`` is Qwen2's bias on q, k and v."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        bias: bool,
+        ranks: Ranks = SINGLE,
+    ) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        outs = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
+        self.qkv_proj = ColumnParallelLinear(hidden_size, outs, bias, ranks)
+        self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, ranks)
+        self.num_heads = ranks.split(num_heads, "num_attention_heads")
+        self.num_kv_heads = ranks.split(num_kv_heads, "num_key_value_heads")
+
+    def forward(self, x: Tensor, angles: Angles, attention: Attention, layer: int) -> Tensor:
+        """x [B, T, hidden] -> [B, T, hidden]."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
+        turned = self.num_heads + self.num_kv_heads
+        rotated = ops.rotary(heads[:, :, :turned], angles.cos, angles.signed_sin)
+        q, k = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :]
+        out = attention.run(layer, q, k, heads[:, :, turned:])
+        projected: Tensor = self.o_proj(out.flatten(2))
+        return projected

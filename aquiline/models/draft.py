@@ -1,0 +1,104 @@
+"""EagleDraft: the EAGLE-1 draft with 1..N dense layers, one module for training and serving.
+
+At position i it reads [embedding of token i+1 ; the target's feature h_i] through ``fc`` (2d to d),
+then its decoder layers, and predicts the feature h_{i+1}; the target's LM head turns that into the
+distribution of token i+2 (PAPER: wiring). The first layer has no input norm and nothing follows the
+last, as in the public checkpoints. Embedding and head are the target's and not part of the module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from aquiline.attention.backend import Attention
+from aquiline.kernels import ops
+from aquiline.kvcache.pool import PlaneShape
+from aquiline.layers.decoder import DecoderLayer
+from aquiline.layers.linear import ColumnParallelLinear
+from aquiline.layers.rotary import RotaryEmbedding
+from aquiline.models.config import LlamaConfig
+from aquiline.models.llama import Llama, inverse_frequencies, layer_shape
+from aquiline.models.names import View, layer_views
+
+
+class EagleDraft(nn.Module):
+    """The draft's own weights; ``config.num_layers`` layers of ``config``'s shape."""
+
+    def __init__(self, config: LlamaConfig, max_positions: int, fc_bias: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.fc = ColumnParallelLinear(2 * hidden, (hidden,), bias=fc_bias)
+        shape = layer_shape(config)
+        self.layers = nn.ModuleList(
+            DecoderLayer(shape, input_norm=index > 0) for index in range(config.num_layers)
+        )
+        self.rotary = RotaryEmbedding(inverse_frequencies(config), max_positions)
+
+    def forward(
+        self, embeddings: Tensor, features: Tensor, positions: Tensor, attention: Attention
+    ) -> Tensor:
+        """embeddings (of tokens i+1), features (h_i) [B, T, d], positions i [B, T] -> h_{i+1}."""
+        x: Tensor = self.fc(torch.cat((embeddings, features.to(embeddings.dtype)), dim=-1))
+        angles = self.rotary(positions, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, angles, attention, index)
+        return x
+
+    def plane_shape(self) -> PlaneShape:
+        """What the draft stores per token."""
+        config = self.config
+        return PlaneShape(config.num_layers, config.num_kv_heads, config.head_dim)
+
+
+class DraftHead(nn.Module):
+    """The target's LM head, or its rows ``token_ids`` [Vd] (reduced draft vocabulary)."""
+
+    token_ids: Tensor | None
+
+    def __init__(self, target: Llama, token_ids: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("token_ids", token_ids, persistent=False)
+        self._target = [target]  # in a list, so that it is not a submodule
+        weight = target.lm_head.weight
+        self._rows = None if token_ids is None else weight[token_ids.to(weight.device)]
+        self._packed: ops.PackedWeight | None = None
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[..., d] -> [..., Vd] logits (Vd the whole vocabulary without ``token_ids``)."""
+        if self._rows is None:
+            return self._target[0].logits(features)
+        return ops.linear(features, self._rows, None, self._packed)
+
+    def pack(self) -> None:
+        if self._rows is not None:
+            self._packed = ops.pack_weight(self._rows)
+
+    def to_target(self, ids: Tensor) -> Tensor:
+        """Draft vocabulary ids -> target token ids."""
+        return ids if self.token_ids is None else self.token_ids[ids]
+
+
+def draft_config(target: LlamaConfig, layers: int, intermediate_size: int | None) -> LlamaConfig:
+    """A dense draft for ``target``: its width, heads and rope, ``layers`` layers."""
+    return replace(
+        target,
+        architecture="LlamaForCausalLM",
+        num_layers=layers,
+        intermediate_size=intermediate_size or target.intermediate_size,
+        attention_bias=False,
+    )
+
+
+def draft_views(draft: EagleDraft) -> dict[str, View]:
+    """Public EAGLE-1 tensor names (embedding aside) and the parameter slices they fill."""
+    views = {"fc.weight": View(draft.fc.weight)}
+    if draft.fc.bias is not None:
+        views["fc.bias"] = View(draft.fc.bias)
+    for index, layer in enumerate(draft.layers):
+        assert isinstance(layer, DecoderLayer)
+        views |= layer_views(f"layers.{index}.", layer)
+    return views

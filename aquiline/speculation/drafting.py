@@ -1,0 +1,54 @@
+"""Drafting: grow a tree level by level from a draft that arrives as a callable.
+
+At each depth the draft supplies, for every node that has children, the scores of its children; the
+best ``fan_out`` become nodes, in order. What "score" means is the verification rule's business
+(logits, or log-probabilities plus noise), so the same loop serves both rules and any draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aquiline.speculation.tree import Level, TreeTables
+
+# Scores [B, E, Vd] of the children of the expanded nodes of a depth, given the drafted level above
+# (None for the root's children).
+ScoreChildren = Callable[["DraftedLevel | None"], Tensor]
+
+
+@dataclass(frozen=True)
+class DraftedLevel:
+    """The nodes of one depth: tokens [B, W] and the level's static tables."""
+
+    depth: int
+    level: Level
+    tokens: Tensor
+
+    @property
+    def expanded_tokens(self) -> Tensor:
+        """[B, E] tokens of the nodes that have children."""
+        return self.tokens[:, self.level.expanded]
+
+
+def grow(
+    tree: TreeTables, root: Tensor, score: ScoreChildren, to_target: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Tokens [B, N] of the whole tree.
+
+    Args:
+        root: [B] the root's token.
+        score: children's scores for the level above; called once per depth, root first.
+        to_target: draft vocabulary ids -> target token ids.
+    """
+    columns = [root[:, None]]
+    above: DraftedLevel | None = None
+    for depth, level in enumerate(tree.levels, start=1):
+        best = score(above).topk(level.fan_out, dim=-1).indices  # [B, E, fan_out]
+        tokens = to_target(best[:, level.parents, level.ranks])
+        columns.append(tokens)
+        above = DraftedLevel(depth, level, tokens)
+    return torch.cat(columns, dim=1)

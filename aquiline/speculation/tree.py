@@ -1,0 +1,188 @@
+"""TreeShape: the static shape of a draft tree, and the index tables that make a round loop-free.
+
+A tree is given by paths of child ranks: (0,) is the root's likeliest child, (0, 1) that child's
+second one. Nodes are numbered level by level, the root (the last emitted token) is node 0:
+
+    chain(3): 0 - 1 - 2 - 3        [[0], [1], [0, 0]]:  0 -+- 1 --- 3
+                                                           +- 2
+Everything about the shape is known before a round starts, so masks and indices are built once and
+a CUDA graph can replay. "No speculation" is the tree without draft nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from aquiline.core.errors import AquilineError
+from aquiline.core.params import TreePath
+
+# The static tree of EAGLE (2401.15077): root fan-out 4, depth 5, 25 draft nodes.
+EAGLE_25 = (
+    "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
+)
+POOL: dict[str, tuple[TreePath, ...]] = {
+    "eagle-25": tuple(tuple(int(rank) for rank in path) for path in EAGLE_25.split())
+}
+
+
+@dataclass(frozen=True)
+class Level:
+    """One drafting step: the nodes of a depth and where they come from.
+
+    Attributes:
+        nodes: [W] node ids of this depth, in order.
+        parents: [W] index of each node's parent among ``expanded`` of the level above.
+        ranks: [W] which of the parent's children each node is.
+        fan_out: children wanted from each parent at most (max rank + 1).
+        expanded: [E] index within this level of the nodes that have children themselves.
+    """
+
+    nodes: Tensor
+    parents: Tensor
+    ranks: Tensor
+    fan_out: int
+    expanded: Tensor
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """``paths`` of the draft nodes (the root's empty path left out), sorted level by level."""
+
+    paths: tuple[TreePath, ...]
+
+    @classmethod
+    def of(cls, paths: Sequence[Sequence[int]]) -> TreeShape:
+        """From paths in any order. Parents must be listed, and ranks of siblings contiguous."""
+        known = {tuple(path) for path in paths}
+        if len(known) != len(paths):
+            raise AquilineError("tree: a path is listed twice; list each node once")
+        for path in known:
+            if not path or any(rank < 0 for rank in path):
+                raise AquilineError(
+                    f"tree: path {list(path)} is not a node; give child ranks from 0, the root "
+                    "itself left out"
+                )
+            for needed in ([path[:-1]] if len(path) > 1 else []) + (
+                [(*path[:-1], path[-1] - 1)] if path[-1] else []
+            ):
+                if needed not in known:
+                    raise AquilineError(
+                        f"tree: path {list(path)} needs {list(needed)}; add it or remove the path"
+                    )
+        return cls(tuple(sorted(known, key=lambda path: (len(path), path))))
+
+    @classmethod
+    def chain(cls, length: int) -> TreeShape:
+        """One child per node; length 0 is no speculation."""
+        return cls(tuple((0,) * depth for depth in range(1, length + 1)))
+
+    @classmethod
+    def named(cls, name: str) -> TreeShape:
+        """A tree of the pool, or ``chain-N``."""
+        kind, _, length = name.partition("-")
+        if kind == "chain" and length.isdigit():
+            return cls.chain(int(length))
+        if name not in POOL:
+            raise AquilineError(f"tree={name!r}: known are 'chain-N', {sorted(POOL)}")
+        return cls.of(POOL[name])
+
+    @property
+    def size(self) -> int:
+        """Nodes, the root included."""
+        return len(self.paths) + 1
+
+    @property
+    def depth(self) -> int:
+        """Of the deepest draft node; 0 without speculation."""
+        return len(self.paths[-1]) if self.paths else 0
+
+    @cached_property
+    def parents(self) -> tuple[int, ...]:
+        """Parent node of every node; the root is its own."""
+        index = {path: node for node, path in enumerate(((), *self.paths))}
+        return (0, *(index[path[:-1]] for path in self.paths))
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """Depth of every node."""
+        return (0, *(len(path) for path in self.paths))
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        """Children of every node, by rank."""
+        found: list[list[int]] = [[] for _ in range(self.size)]
+        for node, parent in list(enumerate(self.parents))[1:]:
+            found[parent].append(node)
+        return tuple(tuple(nodes) for nodes in found)
+
+    def tables(self, device: torch.device) -> TreeTables:
+        """The index tensors on a device; build them once."""
+        return TreeTables.of(self, device)
+
+
+@dataclass(frozen=True)
+class TreeTables:
+    """Static tensors of a tree of N nodes and depth D.
+
+    Attributes:
+        parents, depths: [N] int64.
+        ancestors: [N, N] bool; row i is True at i and at every ancestor of i (the tree mask).
+        routes: [N, D + 1] the node at each depth on the way to node i; past its depth, i itself.
+        levels: drafting steps for depth 1..D.
+        expanded_nodes: for depth 0..D-1, the nodes that have children.
+    """
+
+    shape: TreeShape
+    parents: Tensor
+    depths: Tensor
+    ancestors: Tensor
+    routes: Tensor
+    levels: tuple[Level, ...]
+    expanded_nodes: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, shape: TreeShape, device: torch.device) -> TreeTables:
+        routes = [[0] * (shape.depth + 1)]
+        for node in range(1, shape.size):
+            route = list(routes[shape.parents[node]])
+            route[shape.depths[node] :] = [node] * (shape.depth + 1 - shape.depths[node])
+            routes.append(route)
+        mask = torch.zeros(shape.size, shape.size, dtype=torch.bool)
+        for node, route in enumerate(routes):
+            mask[node, route] = True
+
+        def tensor(values: Sequence[object]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=device)
+
+        levels = tuple(_level(shape, depth, device) for depth in range(1, shape.depth + 1))
+        expanded = tuple(
+            tensor([n for n in range(shape.size) if shape.depths[n] == d and shape.children[n]])
+            for d in range(shape.depth)
+        )
+        return cls(
+            shape, tensor(shape.parents), tensor(shape.depths), mask.to(device), tensor(routes),
+            levels, expanded,
+        )  # fmt: skip
+
+
+def _level(shape: TreeShape, depth: int, device: torch.device) -> Level:
+    nodes = [node for node in range(shape.size) if shape.depths[node] == depth]
+    above = [node for node in range(shape.size) if shape.depths[node] == depth - 1]
+    expanded_above = [node for node in above if shape.children[node]]
+    ranks = [shape.children[shape.parents[node]].index(node) for node in nodes]
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    return Level(
+        nodes=tensor(nodes),
+        parents=tensor([expanded_above.index(shape.parents[node]) for node in nodes]),
+        ranks=tensor(ranks),
+        fan_out=max(ranks) + 1,
+        expanded=tensor([i for i, node in enumerate(nodes) if shape.children[node]]),
+    )

@@ -1,0 +1,52 @@
+"""The coupled rule: one draw per node, follow the children that match (the default).
+
+The token after every node is drawn from the target with noise keyed by (seed, choice, position). A
+child is accepted exactly if it is the token that was drawn, so the text is what plain decoding
+with the same noise would have said, whatever was proposed: the proposal decides only how fast.
+Proof: docs/losslessness.md. Loop-free: a node counts if all its ancestors matched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from aquiline.sampling.draw import draw, position_noise
+from aquiline.sampling.filters import filtered_scores
+from aquiline.speculation.tree import TreeTables
+from aquiline.speculation.verification.noise import RoundNoise
+from aquiline.speculation.verification.verdict import Verdict, verdict_of
+
+
+class Coupled:
+    """The rule for one round of a batch, see ``rules.Rule``."""
+
+    def __init__(self, round_: RoundNoise) -> None:
+        self.round = round_
+        self._noise = position_noise(round_.sampling, round_.positions, round_.vocab)
+
+    def child_scores(self, logits: Tensor, depth: int) -> Tensor:
+        """log draft_probs + the noise of the coming draw: likely winners first."""
+        scores = filtered_scores(logits, self.round.sampling)
+        if self._noise is None:
+            return scores
+        return scores + self.round.of_draft(self._noise[:, depth - 1 : depth])
+
+    def accept(self, tokens: Tensor, logits: Tensor) -> Verdict:
+        tree = self.round.tree
+        noise = None if self._noise is None else self._noise[:, tree.depths]
+        return accept(tree, tokens, draw(logits, self.round.sampling, noise))
+
+
+def accept(tree: TreeTables, tokens: Tensor, drawn: Tensor) -> Verdict:
+    """Follow matching children from the root.
+
+    Args:
+        tokens: [B, N] the token at each node (siblings differ).
+        drawn: [B, N] the token drawn from the target after each node.
+    """
+    matches = tokens == drawn.gather(1, tree.parents.expand(tokens.shape))
+    matches[:, 0] = True
+    reached = (matches[:, None, :] | ~tree.ancestors).all(dim=-1)
+    leaf = torch.where(reached, tree.depths, -1).argmax(dim=-1)
+    return verdict_of(tree, leaf, drawn)

@@ -1,0 +1,35 @@
+"""The verification rules by name. A rule decides how children are ranked and which are accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Protocol
+
+from torch import Tensor
+
+from aquiline.core.params import VerificationRule
+from aquiline.speculation.verification.coupled import Coupled
+from aquiline.speculation.verification.multi_round import MultiRound
+from aquiline.speculation.verification.noise import RoundNoise
+from aquiline.speculation.verification.verdict import Verdict
+
+
+class Rule(Protocol):
+    """One round of a batch under one rule; used once."""
+
+    def child_scores(self, logits: Tensor, depth: int) -> Tensor:
+        """Draft logits [B, E, Vd] of the expanded nodes -> scores of their children at ``depth``.
+
+        The best children become nodes, in order. Called once per depth, 1..D.
+        """
+        ...
+
+    def accept(self, tokens: Tensor, logits: Tensor) -> Verdict:
+        """Node tokens [B, N] and the target's raw logits [B, N, V] after each node."""
+        ...
+
+
+RULES: Mapping[VerificationRule, Callable[[RoundNoise], Rule]] = MappingProxyType(
+    {"coupled": Coupled, "multi-round": MultiRound}
+)

@@ -1,0 +1,190 @@
+"""The trainer: online distillation of a draft against the live, frozen target.
+
+Every step the target runs over a packed batch and supplies its features; the draft learns to
+predict the next feature from [embedding of the next token ; this feature], scored where the
+predicted token is the assistant's. Nothing is dumped to disk. Data order and noise are functions
+of the step, so a resumed run is the run that was never stopped.
+
+    i:            0     1     2      ...       inputs of the draft at i:  embed(t_{i+1}), h_i
+    predicts:    h_1   h_2   h_3     ...       and through the head the law of t_{i+2}
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aquiline.attention.packed import PackedAttention
+from aquiline.core.errors import AquilineError
+from aquiline.decoding.models import DecoderModels, Drafter
+from aquiline.models.draft import DraftHead, EagleDraft, draft_config
+from aquiline.models.draft_checkpoint import save_draft
+from aquiline.models.llama import Llama
+from aquiline.speculation.tree import TreeShape
+from aquiline.text.tokenizer import Tokenizer
+from aquiline.training.acceptance import Acceptance, measure_acceptance
+from aquiline.training.checkpoint import TrainingState, load_state, save_state
+from aquiline.training.config import TrainConfig
+from aquiline.training.losses import Loss, eagle_loss
+from aquiline.training.optimizer import MasterAdamW
+from aquiline.training.packing import PackedBatch, Packer
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step, as the progress bar and the log see it."""
+
+    step: int
+    tokens: int
+    epoch: float
+    learning_rate: float
+    loss: float
+    regression: float
+    cross_entropy: float
+    top1: float
+    tokens_per_second: float
+    acceptance: Acceptance | None
+
+
+LOG_EVERY = 10  # steps between readings of the loss; reading it waits for the device
+Report = Callable[[Progress], None]
+
+
+class Trainer:
+    """One run. ``target`` is frozen; ``packer`` supplies batches by step number."""
+
+    def __init__(
+        self, config: TrainConfig, target: Llama, tokenizer: Tokenizer, packer: Packer
+    ) -> None:
+        self.config, self.target, self.tokenizer, self.packer = config, target, tokenizer, packer
+        device = target.embed_tokens.weight.device
+        torch.manual_seed(config.seed)
+        shape = draft_config(target.config, config.layers, config.intermediate_size)
+        with torch.device(device):
+            self.draft = EagleDraft(shape, config.max_length + config.eval_tokens + 64)
+        initialise(self.draft)
+        self.draft.to(target.embed_tokens.weight.dtype)
+        self.optimizer = MasterAdamW(self.draft, config.weight_decay, config.gradient_clip)
+        self.prompts = packer.held_out_prompts(
+            config.eval_prompts, config.max_length - config.eval_tokens
+        )
+        self.step = 0
+
+    def run(self, out: Path, report: Report) -> Acceptance:
+        """Train to the end, resuming from ``out`` if it holds a checkpoint; export the draft.
+
+        Raises AquilineError on a loss that is not finite; the last checkpoint stays whole.
+        """
+        state = load_state(out, self.config)
+        if state is not None:
+            self.optimizer.restore(state.tensors)
+            self.step = state.step
+        acceptance: Acceptance | None = None
+        logged, started = self.step, time.perf_counter()
+        while self.step < self.config.steps:
+            rate = self.config.learning_rate_at(self.step)
+            batch = self.packer.batch(self.step)
+            loss = self._update(batch, rate)
+            self.step += 1
+            due = self.step % self.config.eval_every == 0 or self.step == self.config.steps
+            if not due and self.step % LOG_EVERY:
+                continue
+            values = self._finite(loss)
+            elapsed = time.perf_counter() - started
+            speed = (self.step - logged) * self.config.tokens_per_batch / elapsed
+            if due:
+                acceptance = self.measure()
+                save_state(out, self.config, TrainingState(self.step, self.optimizer.state()))
+            tokens = self.step * self.config.tokens_per_batch
+            shown = acceptance if due else None
+            report(Progress(self.step, tokens, batch.epoch, rate, *values, speed, shown))
+            logged, started = self.step, time.perf_counter()
+        acceptance = acceptance or self.measure()
+        self.export(out)
+        return acceptance
+
+    def _update(self, batch: PackedBatch, rate: float) -> Loss:
+        loss = self.loss(batch)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step(rate)
+        return loss
+
+    def _finite(self, loss: Loss) -> tuple[float, float, float, float]:
+        """total, regression, cross_entropy and top1 on the host."""
+        terms = (loss.total, loss.regression, loss.cross_entropy, loss.top1)
+        total, *others = (float(term.detach()) for term in terms)
+        if not math.isfinite(total):
+            raise AquilineError(
+                f"loss is {total} at step {self.step}, batch {self.step - 1} or one of the "
+                f"{LOG_EVERY} before it; the last checkpoint is whole, lower learning_rate and "
+                "resume"
+            )
+        return total, others[0], others[1], others[2]
+
+    def loss(self, batch: PackedBatch) -> Loss:
+        """The objective on one packed batch."""
+        device = self.target.embed_tokens.weight.device
+        tokens, positions = batch.tokens.to(device)[None], batch.positions.to(device)[None]
+        edges = batch.cu_seqlens.to(device)
+        attention = PackedAttention(edges, batch.max_seqlen)
+        with torch.no_grad():
+            features = self.target(tokens, positions, attention).features
+            embeddings = self.target.embed_tokens(tokens.roll(-1, dims=1))
+            inputs = features + self._noise(features)
+        predicted = self.draft(embeddings, inputs, positions, attention)
+        # Position i is scored if token i + 2 is the assistant's and of the same document.
+        scored = batch.loss_mask[2:] & (batch.positions[2:] >= 2)
+        index = scored.nonzero().squeeze(1).to(device)
+        if len(index) == 0:
+            raise AquilineError(f"batch {self.step}: no assistant token in it; check the data")
+        return eagle_loss(
+            predicted[0, index], features[0, index + 1], self.target.lm_head.weight,
+            self.config.regression_weight, self.config.cross_entropy_weight,
+        )  # fmt: skip
+
+    def _noise(self, features: Tensor) -> Tensor | float:
+        """Uniform noise, relative to the features' standard deviation; a function of the step."""
+        if self.config.feature_noise == 0:
+            return 0.0
+        generator = torch.Generator(features.device).manual_seed(self.step)
+        uniform = torch.rand(features.shape, generator=generator, device=features.device)
+        scale = self.config.feature_noise * features.float().std()
+        return ((uniform - 0.5) * 2 * scale).to(features.dtype)
+
+    @torch.no_grad()
+    def measure(self) -> Acceptance:
+        """TPC of a chain of 3 on held-out prompts, greedy, with the real decoder."""
+        models = DecoderModels(self.target, Drafter(self.draft, DraftHead(self.target, None)))
+        return measure_acceptance(
+            models, self.prompts, TreeShape.chain(3), self.config.eval_tokens,
+            frozenset(self.tokenizer.eos_token_ids),
+        )  # fmt: skip
+
+    def export(self, out: Path) -> None:
+        """Write the draft as ``out/draft``: the public EAGLE-1 layout, embedding included."""
+        token_ids = None
+        if self.config.draft_vocab_size is not None:
+            counts = torch.from_numpy(
+                self.packer.corpus.token_counts(self.target.config.vocab_size)
+            )
+            token_ids = frequent_tokens(counts, self.config.draft_vocab_size)
+        save_draft(out / "draft", self.draft, token_ids, self.target.embed_tokens.weight)
+
+
+def frequent_tokens(counts: Tensor, size: int) -> Tensor:
+    """Ids [size] of the most frequent tokens by counts [V], ascending."""
+    return counts.topk(min(size, len(counts))).indices.sort().values
+
+
+@torch.no_grad()
+def initialise(draft: EagleDraft) -> None:
+    """Every matrix from N(0, 0.02^2); norms keep their ones."""
+    for parameter in draft.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.02)
