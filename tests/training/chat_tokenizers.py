@@ -19,6 +19,7 @@ SPECIALS = [
 LINES = [
     "user\n\n\nThe assistant\n\n sees\n \n日本 Größe 😀.<",
     "assistant\n\n\n\n  The end.\n\n\n",
+    "\nT" * 20,
 ]
 
 
