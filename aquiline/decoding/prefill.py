@@ -39,7 +39,7 @@ def prefill(
     def attention(plane: KVPlane, rows: int) -> PagedAttention:
         slots = slots_at(page_table, positions[:, :rows], plane.page_size)
         slots = torch.where(valid[:, :rows], slots, 0)
-        return PagedAttention(plane, TreePlan(page_table, start, slots))
+        return PagedAttention(plane, TreePlan(page_table, start, slots, rows))
 
     features = models.target(tokens, positions, attention(planes.target, len(columns))).features
     index = (counts - 1)[:, None, None].expand(-1, 1, features.shape[-1])

@@ -82,9 +82,9 @@ def _verify(
     nodes = torch.arange(tree.shape.size, device=lengths.device)
     slots = slots_at(page_table, lengths[:, None] + nodes, plane.page_size)
     if tree.shape.size == 1:
-        plan = TreePlan(page_table, lengths + 1, slots, in_prefix=True)
+        plan = TreePlan(page_table, lengths + 1, slots, 0)
     else:
-        plan = TreePlan(page_table, lengths, slots, mask=tree.ancestors)
+        plan = TreePlan(page_table, lengths, slots, tree.shape.size, tree.ancestors)
     positions = lengths[:, None] + tree.depths
     features = models.target(tokens, positions, PagedAttention(plane, plan)).features
     return features, models.target.logits(features)
@@ -167,9 +167,9 @@ class _Drafting:
         positions = torch.where(valid, start[:, None] + columns, 0)
         slots = slots_at(self.page_table, positions, self.plane.page_size)
         if width == 1:
-            plan = TreePlan(self.page_table, start + 1, slots, in_prefix=True)
+            plan = TreePlan(self.page_table, start + 1, slots, 0)
         else:
-            plan = TreePlan(self.page_table, start, torch.where(valid, slots, 0))
+            plan = TreePlan(self.page_table, start, torch.where(valid, slots, 0), width)
         tokens, features = state.pending_tokens[:, :width], state.pending_features[:, :width]
         hidden = self._run(tokens, features, positions, plan)
         last = (counts - 1)[:, :, None].expand(-1, 1, hidden.shape[-1])
@@ -183,10 +183,9 @@ class _Drafting:
         positions = (lengths + depth - 1)[:, None].expand(-1, len(nodes))
         slots = slots_at(self.page_table, lengths[:, None] + nodes - 1, self.plane.page_size)
         if tree.shape.depth == tree.shape.size - 1:  # a chain: what it sees is contiguous
-            plan = TreePlan(self.page_table, lengths + depth, slots, in_prefix=True)
-        else:
-            seen = torch.cat(tree.expanded_nodes[1 : depth + 1])
-            suffix = slots_at(self.page_table, lengths[:, None] + seen - 1, self.plane.page_size)
-            mask = tree.ancestors[nodes][:, seen]
-            plan = TreePlan(self.page_table, lengths, slots, mask, suffix)
+            plan = TreePlan(self.page_table, lengths + depth, slots, 0)
+        else:  # every node so far, root aside; those never fed to the draft are nobody's ancestors
+            last = tree.last_expanded[depth]
+            mask = tree.ancestors[nodes, 1 : last + 1]
+            plan = TreePlan(self.page_table, lengths, slots, last, mask)
         return self._run(above.expanded_tokens, features, positions, plan)

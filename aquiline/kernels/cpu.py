@@ -2,8 +2,8 @@
 
 Two facts make a CPU fast at speculation. A weight packed once for oneDNN streams through the cache
 at the same speed for 1 to 8 rows, so verifying a small tree costs little more than decoding one
-token. And pages that follow each other in the pool are one strided view, so the prefix pass
-copies nothing (a fragmented page list is gathered).
+token. And pages that follow each other in the pool are one strided view, so attention copies
+nothing (a fragmented page list is gathered).
 """
 
 from __future__ import annotations
@@ -48,19 +48,92 @@ def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tenso
     return out
 
 
-def _state(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Flash attention with log-sum-exp: q [B,K,R,D], k, v [B,S,K,D], additive mask [.., R, S]."""
-    out, lse = _flash(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
-    return out, lse
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Where each request's keys lie and what its rows may see, the same for every layer.
+
+    Attributes:
+        slots: per request, a slice of adjacent slots (a view of the cache) or their indices.
+        masks: per request, bool [T, S] over the last S of its slots; None where all is seen.
+        causal: the keys are the rows themselves, in order: flash attention's own causal mode.
+        additive: the masks as flash attention takes them, made when the first layer runs.
+    """
+
+    slots: tuple[slice | Tensor, ...]
+    masks: tuple[Tensor | None, ...]
+    causal: bool
+    additive: list[Tensor | None]
 
 
-def _prefix(cache: Tensor, pages: list[int], page_size: int, length: int) -> Tensor:
-    """The first ``length`` slots of the pages, [1, length, K, D]; a view if they are adjacent."""
-    first, used = pages[0], -(-length // page_size)
-    if pages[:used] == list(range(first, first + used)):
-        return cache[None, first * page_size : first * page_size + length]
-    table = torch.tensor([pages[:used]])
-    return cache[reference.prefix_slots(table, page_size)[:, :length]]
+def plan_attention(
+    page_table: Tensor,
+    page_size: int,
+    prefix_lengths: Tensor,
+    suffix_rows: int,
+    suffix_mask: Tensor | None,
+) -> AttentionPlan:
+    """See ops.plan_attention. One call per request then covers prefix and suffix together: on the
+    CPU a mask is cheaper than a second call and a merge."""
+    slots: list[slice | Tensor] = []
+    lengths = prefix_lengths.tolist()
+    for length, pages in zip(lengths, page_table.tolist(), strict=True):
+        count = length + suffix_rows
+        first, used = pages[0], -(-count // page_size)
+        if pages[:used] == list(range(first, first + used)):
+            slots.append(slice(first * page_size, first * page_size + count))
+        else:
+            table = torch.tensor([pages + [0] * (used - len(pages))])
+            slots.append(reference.prefix_slots(table, page_size)[0, :count])
+    causal = suffix_mask is None and suffix_rows > 0 and not any(lengths)
+    masks: tuple[Tensor | None, ...] = (None,) * len(lengths)
+    if suffix_rows and not causal:
+        visible = reference.suffix_visibility(
+            suffix_mask, len(lengths), suffix_rows, page_table.device
+        )
+        masks = tuple(None if bool(mask.all()) else mask for mask in visible)
+    return AttentionPlan(tuple(slots), masks, causal, [])
+
+
+def run_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, plan: AttentionPlan) -> Tensor:
+    """Flash attention, request by request; see ops.tree_attention."""
+    batch, rows, heads, size = q.shape
+    kv_heads = k_cache.shape[1]
+    group = heads // kv_heads
+    if plan.causal:
+        packed = q.transpose(1, 2)
+    else:  # query heads that share a key head become rows: [B, K, T * G, D], row t * G + g
+        packed = q.view(batch, rows, kv_heads, group, size).transpose(1, 2)
+        packed = packed.reshape(batch, kv_heads, rows * group, size)
+        if not plan.additive:
+            plan.additive.extend(_additive_masks(plan, group, q.dtype))
+    outs = []
+    for b, slots in enumerate(plan.slots):
+        keys, values = k_cache[slots].transpose(0, 1)[None], v_cache[slots].transpose(0, 1)[None]
+        query = packed if batch == 1 else packed[b : b + 1]
+        if plan.causal:
+            outs.append(_flash(query, keys, values, is_causal=True)[0])
+        else:
+            outs.append(_flash(query, keys, values, attn_mask=plan.additive[b])[0])
+    out = outs[0] if batch == 1 else torch.cat(outs)
+    if plan.causal:
+        return out.transpose(1, 2)
+    out = out.view(batch, kv_heads, rows, group, size).transpose(1, 2)
+    return out.reshape(batch, rows, heads, size)
+
+
+def _additive_masks(plan: AttentionPlan, group: int, dtype: torch.dtype) -> list[Tensor | None]:
+    """0 where a packed row [T * G] sees a slot, -inf where it does not."""
+    masks: list[Tensor | None] = []
+    for slots, visible in zip(plan.slots, plan.masks, strict=True):
+        if visible is None:
+            masks.append(None)
+            continue
+        count = slots.stop - slots.start if isinstance(slots, slice) else len(slots)
+        mask = torch.zeros(visible.shape[0] * group, count, dtype=dtype)
+        hidden = ~visible.repeat_interleave(group, dim=0)
+        mask[:, count - visible.shape[1] :].masked_fill_(hidden, float("-inf"))
+        masks.append(mask)
+    return masks
 
 
 def tree_attention(
@@ -70,35 +143,16 @@ def tree_attention(
     page_table: Tensor,
     page_size: int,
     prefix_lengths: Tensor,
-    k_suffix: Tensor | None,
-    v_suffix: Tensor | None,
+    suffix_rows: int,
     suffix_mask: Tensor | None,
 ) -> Tensor:
-    batch, rows, heads, size = q.shape
-    kv_heads = k_cache.shape[1]
-    group = heads // kv_heads
-    # Query heads that share a key head become rows: [B, K, T * G, D], row t * G + g.
-    packed = q.view(batch, rows, kv_heads, group, size).transpose(1, 2)
-    packed = packed.reshape(batch, kv_heads, rows * group, size)
-    lengths, tables = prefix_lengths.tolist(), page_table.tolist()
-    outs, lses = [], []
-    for b, (length, pages) in enumerate(zip(lengths, tables, strict=True)):
-        if length == 0:
-            outs.append(torch.zeros_like(packed[b : b + 1]))
-            lses.append(packed.new_full((1, kv_heads, rows * group), float("-inf")))
-            continue
-        keys = _prefix(k_cache, pages, page_size, length)
-        values = _prefix(v_cache, pages, page_size, length)
-        out, lse = _state(packed[b : b + 1], keys, values, None)
-        outs.append(out)
-        lses.append(lse)
-    out = torch.cat(outs) if batch > 1 else outs[0]
-    if k_suffix is not None and v_suffix is not None:
-        lse = torch.cat(lses) if batch > 1 else lses[0]
-        visible = reference.suffix_visibility(suffix_mask, batch, rows, q.device)
-        visible = visible[:, None].repeat_interleave(group, dim=2)
-        mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
-        suffix_out, suffix_lse = _state(packed, k_suffix, v_suffix, mask)
-        out = reference.merge_states(out, lse.to(out.dtype), suffix_out, suffix_lse.to(out.dtype))
-    out = out.view(batch, kv_heads, rows, group, size).transpose(1, 2)
-    return out.reshape(batch, rows, heads, size)
+    plan = plan_attention(page_table, page_size, prefix_lengths, suffix_rows, suffix_mask)
+    return run_attention(q, k_cache, v_cache, plan)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """torch's own is eight small operators on the CPU. The mean square of x is the variance of
+    [x, -x], whose mean is zero, so one fused layer norm does it (accumulating in fp32)."""
+    size = x.shape[-1]
+    both = torch.cat((x, -x), dim=-1)
+    return torch.layer_norm(both, (2 * size,), None, None, eps)[..., :size] * weight

@@ -86,30 +86,31 @@ def tree_attention(
     page_table: Tensor,
     page_size: int,
     prefix_lengths: Tensor,
-    k_suffix: Tensor | None,
-    v_suffix: Tensor | None,
+    suffix_rows: int,
     suffix_mask: Tensor | None,
 ) -> Tensor:
     batch, rows = q.shape[:2]
     slots = prefix_slots(page_table, page_size)
     in_prefix = torch.arange(slots.shape[1], device=q.device) < prefix_lengths[:, None]
-    slots = torch.where(in_prefix, slots, 0)
+    prefix = torch.where(in_prefix, slots, 0)
     visible = in_prefix[:, None, :].expand(batch, rows, -1)
-    out, lse = attention_state(q, k_cache[slots], v_cache[slots], visible)
-    if k_suffix is not None and v_suffix is not None:
+    out, lse = attention_state(q, k_cache[prefix], v_cache[prefix], visible)
+    if suffix_rows:
+        columns = prefix_lengths[:, None] + torch.arange(suffix_rows, device=q.device)
+        suffix = slots.gather(1, columns.clamp(max=slots.shape[1] - 1))
         mask = suffix_visibility(suffix_mask, batch, rows, q.device)
-        out = merge_states(out, lse, *attention_state(q, k_suffix, v_suffix, mask))
+        state = attention_state(q, k_cache[suffix], v_cache[suffix], mask)
+        out = merge_states(out, lse, *state)
     return out.to(q.dtype)
 
 
 # ------------------------------------------------------------------------------------ KV cache
 
 
-def write_kv(cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write k, v [B, T, K, D] to cache [2, slots, K, D] at slots [B, T]; slot 0 is a dustbin."""
-    flat = slots.flatten()
-    cache[0].index_copy_(0, flat, k.flatten(0, 1).to(cache.dtype))
-    cache[1].index_copy_(0, flat, v.flatten(0, 1).to(cache.dtype))
+def write_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    """Write k, v [B, T, K, D] to caches [slots, K, D] at slots [B * T]; slot 0 is a dustbin."""
+    k_cache.index_copy_(0, slots, k.flatten(0, 1))
+    v_cache.index_copy_(0, slots, v.flatten(0, 1))
 
 
 def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:

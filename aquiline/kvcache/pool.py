@@ -27,7 +27,7 @@ class PlaneShape:
 
 
 class KVPlane:
-    """Keys and values of one model: ``layer(i)`` is [2, slots, kv_heads, head_dim]."""
+    """Keys and values of one model."""
 
     def __init__(
         self,
@@ -40,9 +40,11 @@ class KVPlane:
         size = (shape.layers, 2, slots, shape.kv_heads, shape.head_dim)
         self.data = torch.zeros(size, dtype=dtype, device=device)
         self.page_size = page_size
+        self._layers = [(layer[0], layer[1]) for layer in self.data]
 
-    def layer(self, index: int) -> Tensor:
-        return self.data[index]
+    def layer(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [slots, kv_heads, head_dim] of one layer; views."""
+        return self._layers[index]
 
     def commit_path(self, source: Tensor, target: Tensor) -> None:
         """Move accepted nodes from slots source [n] to slots target [n], in every layer."""

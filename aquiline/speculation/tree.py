@@ -135,6 +135,7 @@ class TreeTables:
         routes: [N, D + 1] the node at each depth on the way to node i; past its depth, i itself.
         levels: drafting steps for depth 1..D.
         expanded_nodes: for depth 0..D-1, the nodes that have children.
+        last_expanded: the last of each.
     """
 
     shape: TreeShape
@@ -144,6 +145,7 @@ class TreeTables:
     routes: Tensor
     levels: tuple[Level, ...]
     expanded_nodes: tuple[Tensor, ...]
+    last_expanded: tuple[int, ...]
 
     @classmethod
     def of(cls, shape: TreeShape, device: torch.device) -> TreeTables:
@@ -160,13 +162,13 @@ class TreeTables:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         levels = tuple(_level(shape, depth, device) for depth in range(1, shape.depth + 1))
-        expanded = tuple(
-            tensor([n for n in range(shape.size) if shape.depths[n] == d and shape.children[n]])
+        expanded = [
+            [n for n in range(shape.size) if shape.depths[n] == d and shape.children[n]]
             for d in range(shape.depth)
-        )
+        ]
         return cls(
             shape, tensor(shape.parents), tensor(shape.depths), mask.to(device), tensor(routes),
-            levels, expanded,
+            levels, tuple(map(tensor, expanded)), tuple(nodes[-1] for nodes in expanded),
         )  # fmt: skip
 
 
