@@ -105,26 +105,162 @@ def joint_cells(tokens: Tensor, transition: Tensor) -> Cells:
     """The joint law of tokens [B, L] of a Markov chain [V, V] that starts at ``ROOT``.
 
     A cell is a sequence that expects at least 5; what is left of a prefix when such sequences are
-    taken out is one cell too, so no mass is lost and the number of cells stays below B / 5 each.
+    taken out is one cell too, so no mass is lost and there are few cells however long the sequence.
     """
-    rows, vocab = tokens.shape[0], transition.shape[0]
-    prob, last = torch.ones(1, dtype=torch.float64), torch.tensor([ROOT])  # of open cells
-    at = torch.zeros(rows, dtype=torch.int64)  # open cell of each row still in one
+    rows = tokens.shape[0]
+    prob, last = torch.ones(1, dtype=torch.float64), torch.tensor([ROOT])  # of the open prefixes
+    at = torch.zeros(rows, dtype=torch.int64)  # the open prefix of each row that is still in one
     counts: list[Tensor] = []
     expected: list[Tensor] = []
-    for column in tokens.unbind(1):
-        column = column[: len(at)] if len(at) == rows else column
-        children = prob[:, None] * transition[last]  # [open, V]
-        split = children * rows >= MIN_EXPECTED
-        index = split.flatten().cumsum(0).view_as(children) - 1
-        stays = split[at, column]
-        rest = torch.where(split, 0.0, children).sum(dim=-1)
+    for position in range(tokens.shape[1]):
+        column = tokens[:, position]
+        longer = prob[:, None] * transition[last]  # [open, V]
+        stays_open = longer * rows >= MIN_EXPECTED
+        stays = stays_open[at, column]
         counts.append(torch.bincount(at[~stays], minlength=len(prob)))
-        expected.append(torch.where(split.all(dim=-1), 0.0, rest) * rows)
-        at = index[at, column][stays]
-        tokens = tokens[stays]
-        prob, last = children[split], split.nonzero()[:, 1]
-        _ = vocab
+        expected.append(torch.where(stays_open, 0.0, longer).sum(dim=-1) * rows)
+        index = stays_open.flatten().cumsum(0).view_as(longer) - 1
+        at, tokens = index[at, column][stays], tokens[stays]
+        prob, last = longer[stays_open], stays_open.nonzero()[:, 1]
     counts.append(torch.bincount(at, minlength=len(prob)))
     expected.append(prob * rows)
     return Cells(torch.cat(counts), torch.cat(expected))
+
+
+# ------------------------------------------------------------------------------------- the driver
+
+
+@dataclass(frozen=True)
+class MarkovPair:
+    """A target and a draft as tables: row t holds the logits of the token after t.
+
+    Attributes:
+        target: [V, V].
+        draft: [V, Vd].
+        draft_ids: [Vd] target ids of a reduced draft vocabulary, or None.
+    """
+
+    target: Tensor
+    draft: Tensor
+    draft_ids: Tensor | None = None
+
+    @classmethod
+    def random(
+        cls,
+        vocab: int,
+        seed: int,
+        sharpness: float = 1.5,
+        disagreement: float = 1.0,
+        draft_ids: Tensor | None = None,
+    ) -> MarkovPair:
+        """Gaussian target logits; the draft's are the same plus Gaussian ``disagreement``."""
+        generator = torch.Generator().manual_seed(seed)
+        target = sharpness * torch.randn(vocab, vocab, generator=generator)
+        draft = target + disagreement * torch.randn(vocab, vocab, generator=generator)
+        return cls(target, draft if draft_ids is None else draft[:, draft_ids], draft_ids)
+
+    def to_target(self, ids: Tensor) -> Tensor:
+        """Draft vocabulary ids -> target token ids."""
+        return ids if self.draft_ids is None else self.draft_ids[ids]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a sample fits the target: p-values, and tokens per round for orientation."""
+
+    first_token: float
+    joint: float
+    tokens_per_round: float
+
+
+def measure_fit(
+    pair: MarkovPair,
+    shape: TreeShape,
+    rule: RuleFactory,
+    params: SamplingParams,
+    rows: int,
+    seed: int = 0,
+) -> Fit:
+    """Chi-square of the first token, and of the first depth + 1 together, over ``rows`` requests.
+
+    Every request has its own seed and position. One whose first round emits fewer than depth + 1
+    tokens goes on with further rounds, so what a round leaves to the next is tested too.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tree = shape.tables(torch.device("cpu"))
+    transition = target_distribution(pair.target, params)
+    samples, emitted, rounds = [], 0, 0
+    for start in range(0, rows, CHUNK):
+        count = min(CHUNK, rows - start)
+        sampling = _sampling(params, torch.randint(2**63 - 1, (count,), generator=generator))
+        positions = torch.randint(1, 2**20, (count,), generator=generator)
+        tokens, first_round = _texts(pair, tree, rule, sampling, positions)
+        samples.append(tokens)
+        emitted, rounds = emitted + first_round, rounds + count
+    tokens = torch.cat(samples)
+    return Fit(
+        joint_cells(tokens[:, :1], transition).p_value,
+        joint_cells(tokens, transition).p_value,
+        emitted / rounds,
+    )
+
+
+def _sampling(params: SamplingParams, seeds: Tensor) -> SamplingBatch:
+    """One row per seed, all with the same parameters."""
+    one = SamplingBatch.of([params], [0], seeds.device)
+    count = len(seeds)
+    return SamplingBatch(
+        one.temperature.expand(count), one.top_k.expand(count), one.top_p.expand(count),
+        one.min_p.expand(count), seeds, torch.zeros_like(seeds),
+        one.all_greedy, one.any_top_k, one.any_top_p, one.any_min_p,
+    )  # fmt: skip
+
+
+def _texts(
+    pair: MarkovPair,
+    tree: TreeTables,
+    rule: RuleFactory,
+    sampling: SamplingBatch,
+    positions: Tensor,
+) -> tuple[Tensor, int]:
+    """The first depth + 1 tokens [B, D + 1], and how many the first rounds emitted in all."""
+    width = tree.shape.depth + 1
+    texts = torch.zeros(len(positions), 2 * width, dtype=torch.int64)
+    done = torch.zeros(len(positions), dtype=torch.int64)
+    roots = torch.full_like(positions, ROOT)
+    left = torch.arange(len(positions))
+    first_round = 0
+    while len(left):
+        part = _rows_of(sampling, left)
+        after = positions[left, None] + done[left, None] + torch.arange(width)
+        round_ = RoundNoise(tree, part, after, pair.target.shape[0], pair.draft_ids)
+        emitted, accepted = _one_round(pair, round_, rule(round_), roots[left])
+        columns = done[left, None] + torch.arange(width)
+        texts[left[:, None], columns] = emitted  # what is past ``accepted`` is overwritten later
+        first_round = first_round or int((accepted + 1).sum())
+        done[left] += accepted + 1
+        roots[left] = emitted.gather(1, accepted[:, None]).squeeze(1)
+        left = left[done[left] < width]
+    return texts[:, :width], first_round
+
+
+def _one_round(
+    pair: MarkovPair, round_: RoundNoise, rule: Rule, roots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Draft, verify, accept: the emitted tokens [B, D + 1] and how many were drafted [B]."""
+
+    def score_children(above: DraftedLevel | None) -> Tensor:
+        parents = roots[:, None] if above is None else above.expanded_tokens
+        return rule.child_scores(pair.draft[parents], 1 if above is None else above.depth + 1)
+
+    tokens = grow(round_.tree, roots, score_children, pair.to_target)
+    verdict = rule.accept(tokens, pair.target[tokens])
+    return verdict.tokens, verdict.accepted
+
+
+def _rows_of(sampling: SamplingBatch, rows: Tensor) -> SamplingBatch:
+    return SamplingBatch(
+        sampling.temperature[rows], sampling.top_k[rows], sampling.top_p[rows],
+        sampling.min_p[rows], sampling.seeds[rows], sampling.choices[rows],
+        sampling.all_greedy, sampling.any_top_k, sampling.any_top_p, sampling.any_min_p,
+    )  # fmt: skip
