@@ -2,8 +2,9 @@
 
     python benchmarks/cpu_speed.py --dtype bfloat16 --tree chain-3 --out benchmarks/results/X.json
 
-All engines answer each prompt in turn, so that a drift of the machine hits all alike; the figures are
-medians over prompts of the ratio within a prompt. Decoding only: from the first token to the last.
+All engines answer each prompt in turn, so that a drift of the machine hits all alike; the figures
+are medians over prompts of the ratio within a prompt. Only decoding counts: from the first token to
+the last.
 The limit printed first is the time to read the target's linear weights once, measured here.
 """
 

@@ -66,4 +66,7 @@ def read_prompts(prompt: str | None, file: Path | None) -> list[str]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise AquilineError(f"--file {file}: {error}; give a UTF-8 text file") from None
-    return [line for line in lines if line.strip()]
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise AquilineError(f"--file {file}: it has no prompt; give one a line")
+    return prompts

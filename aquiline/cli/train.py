@@ -29,7 +29,7 @@ from aquiline.text.tokenizer import Tokenizer, load_tokenizer
 from aquiline.training import trainer as training
 from aquiline.training.config import TrainConfig
 from aquiline.training.conversations import read_conversations
-from aquiline.training.corpus import Corpus, build_corpus
+from aquiline.training.corpus import Corpus, build_corpus, tokenizer_fingerprint
 from aquiline.training.packing import Packer
 
 
@@ -135,9 +135,13 @@ def _load_recipe(path: Path) -> TrainConfig:
     if spec is None or spec.loader is None or not path.exists():
         raise AquilineError(f"--recipe {path}: no such Python file; see recipes/")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.recipe()
-    assert isinstance(config, TrainConfig)
+    try:
+        spec.loader.exec_module(module)
+        config = module.recipe()
+    except Exception as error:  # a recipe is the user's code: any error in it is theirs to see
+        raise AquilineError(f"--recipe {path}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, TrainConfig):
+        raise AquilineError(f"--recipe {path}: recipe() must return a TrainConfig")
     return config
 
 
@@ -151,4 +155,11 @@ def _corpus(config: TrainConfig, out: Path, tokenizer: Tokenizer, vocab: int) ->
         build_corpus(
             tokenizer, read_conversations(source), folder, config.max_length, source=config.data
         )
-    return Corpus.open(folder, vocab)
+    corpus = Corpus.open(folder, vocab)
+    ours = (config.data, config.max_length, tokenizer_fingerprint(tokenizer))
+    if (corpus.info.source, corpus.info.max_length, corpus.info.tokenizer) != ours:
+        raise AquilineError(
+            f"{folder}: tokenised from {corpus.info.source} with max_length="
+            f"{corpus.info.max_length}, or by another tokenizer; choose another --out or delete it"
+        )
+    return corpus

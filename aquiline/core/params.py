@@ -6,6 +6,7 @@ honoured exactly or refused by name; none is ignored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -20,6 +21,16 @@ MAX_SEED = 2**63 - 1
 def _require(ok: bool, field: str, value: object, remedy: str) -> None:
     if not ok:
         raise AquilineError(f"{field}={value!r}: {remedy}")
+
+
+def _integer(value: object, low: int, high: float) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number(value: object) -> float:
+    """The value if it is a number, else NaN, which no range admits."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -59,18 +70,29 @@ class SamplingParams:
         stop: object = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _require(
-            self.max_tokens is None or self.max_tokens >= 1,
-            "max_tokens", self.max_tokens, "give at least 1",
-        )  # fmt: skip
-        finite = 0.0 <= self.temperature < float("inf")
-        _require(finite, "temperature", self.temperature, "give 0 (greedy) or a positive number")
-        _require(self.top_k >= 0, "top_k", self.top_k, "give 0 (all tokens) or a positive count")
-        _require(0.0 < self.top_p <= 1.0, "top_p", self.top_p, "give a number in (0, 1]")
-        _require(0.0 <= self.min_p <= 1.0, "min_p", self.min_p, "give a number in [0, 1]")
-        seed_ok = self.seed is None or 0 <= self.seed <= MAX_SEED
-        _require(seed_ok, "seed", self.seed, f"give an integer from 0 to {MAX_SEED}")
-        _require(all(self.stop), "stop", self.stop, "an empty stop string would end every text")
+        limit, seed, infinity = self.max_tokens, self.seed, math.inf
+        checks = {
+            "max_tokens": (limit is None or _integer(limit, 1, infinity), "give at least 1"),
+            "temperature": (
+                0 <= _number(self.temperature) < infinity, "give 0 (greedy) or a positive number"
+            ),
+            "top_k": (_integer(self.top_k, 0, infinity), "give 0 (all tokens) or a count"),
+            "top_p": (0 < _number(self.top_p) <= 1, "give a number in (0, 1]"),
+            "min_p": (0 <= _number(self.min_p) <= 1, "give a number in [0, 1]"),
+            "seed": (
+                seed is None or _integer(seed, 0, MAX_SEED), f"give an integer from 0 to {MAX_SEED}"
+            ),
+            "stop": (
+                all(isinstance(text, str) and text for text in self.stop),
+                "give strings that are not empty",
+            ),
+            "stop_token_ids": (
+                all(_integer(token, 0, infinity) for token in self.stop_token_ids),
+                "give token ids, integers from 0",
+            ),
+        }  # fmt: skip
+        for field, (ok, remedy) in checks.items():
+            _require(ok, field, getattr(self, field), remedy)
 
 
 @dataclass(frozen=True)
@@ -96,10 +118,10 @@ class SpeculationParams:
         rules = ("coupled", "multi-round")
         _require(self.verification in rules, "verification", self.verification, f"one of {rules}")
         length = self.num_speculative_tokens
-        _require(
-            length is None or 1 <= length <= 64,
-            "num_speculative_tokens", length, "give a chain length from 1 to 64",
-        )  # fmt: skip
+        ok = length is None or _integer(length, 1, 64)
+        _require(ok, "num_speculative_tokens", length, "give a chain length from 1 to 64")
+        ok = self.model is None or isinstance(self.model, str)
+        _require(ok, "model", self.model, "give the draft's folder as a string")
         _require(
             length is None or self.tree is None,
             "tree", self.tree, "give either num_speculative_tokens (a chain) or tree, not both",

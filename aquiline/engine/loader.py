@@ -10,7 +10,7 @@ import torch
 from aquiline.core.errors import AquilineError
 from aquiline.core.params import SpeculationParams
 from aquiline.decoding.models import DecoderModels, Drafter
-from aquiline.engine.config import EngineConfig
+from aquiline.engine.config import DTYPES, EngineConfig
 from aquiline.kernels.cpu import native_bf16
 from aquiline.models.checkpoint import open_checkpoint
 from aquiline.models.draft import DraftHead
@@ -40,11 +40,15 @@ def choose_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in PREFILL_TOKENS or (name == "cuda" and not torch.cuda.is_available()):
+        raise AquilineError(f"device={name!r}: give 'auto', 'cpu', or 'cuda' where there is one")
     return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 where the device multiplies it natively, else float32."""
+    if name not in DTYPES:
+        raise AquilineError(f"dtype={name!r}: one of {DTYPES}")
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" or native_bf16() else "float32"
     dtype: torch.dtype = getattr(torch, name)

@@ -23,7 +23,7 @@ from aquiline.speculation.tree import TreeShape
 class Ticket:
     """Work in flight: for each sequence ``accepted`` [B] draft tokens plus one, in ``tokens``.
 
-    ``path`` [B, D + 1] are the nodes they came from; None for a prefill.
+    ``accepted`` is -1 for a prefill, which drew one token.
     """
 
     sequences: tuple[Sequence, ...]

@@ -166,10 +166,17 @@ class MarkovPair:
 
 @dataclass(frozen=True)
 class Fit:
-    """How well a sample fits the target: p-values, and tokens per round for orientation."""
+    """How well a sample fits the target.
+
+    Attributes:
+        first_token, joint: p-values.
+        rounds: rounds that were run.
+        tokens_per_round: what they emitted on average.
+    """
 
     first_token: float
     joint: float
+    rounds: int
     tokens_per_round: float
 
 
@@ -189,20 +196,29 @@ def measure_fit(
     generator = torch.Generator().manual_seed(seed)
     tree = shape.tables(torch.device("cpu"))
     transition = target_distribution(pair.target, params)
-    samples, emitted, rounds = [], 0, 0
+    samples, accepted = [], []
     for start in range(0, rows, CHUNK):
         count = min(CHUNK, rows - start)
         sampling = _sampling(params, torch.randint(2**63 - 1, (count,), generator=generator))
         positions = torch.randint(1, 2**20, (count,), generator=generator)
-        tokens, first_round = _texts(pair, tree, rule, sampling, positions)
-        samples.append(tokens)
-        emitted, rounds = emitted + first_round, rounds + count
-    tokens = torch.cat(samples)
+        texts = _texts(pair, tree, rule, sampling, positions)
+        samples.append(texts.tokens)
+        accepted.append(texts.accepted)
+    tokens, per_round = torch.cat(samples), torch.cat(accepted) + 1
     return Fit(
         joint_cells(tokens[:, :1], transition).p_value,
         joint_cells(tokens, transition).p_value,
-        emitted / rounds,
+        len(per_round),
+        float(per_round.double().mean()),
     )
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """tokens [B, D + 1]: the first of each request; accepted [R]: in each round of any request."""
+
+    tokens: Tensor
+    accepted: Tensor
 
 
 def _sampling(params: SamplingParams, seeds: Tensor) -> SamplingBatch:
@@ -222,14 +238,14 @@ def _texts(
     rule: RuleFactory,
     sampling: SamplingBatch,
     positions: Tensor,
-) -> tuple[Tensor, int]:
-    """The first depth + 1 tokens [B, D + 1], and how many the first rounds emitted in all."""
+) -> _Texts:
+    """Rounds until every request has depth + 1 tokens."""
     width = tree.shape.depth + 1
     texts = torch.zeros(len(positions), 2 * width, dtype=torch.int64)
     done = torch.zeros(len(positions), dtype=torch.int64)
     roots = torch.full_like(positions, ROOT)
     left = torch.arange(len(positions))
-    first_round = 0
+    history = []
     while len(left):
         part = _rows_of(sampling, left)
         after = positions[left, None] + done[left, None] + torch.arange(width)
@@ -237,11 +253,11 @@ def _texts(
         emitted, accepted = _one_round(pair, round_, rule(round_), roots[left])
         columns = done[left, None] + torch.arange(width)
         texts[left[:, None], columns] = emitted  # what is past ``accepted`` is overwritten later
-        first_round = first_round or int((accepted + 1).sum())
+        history.append(accepted)
         done[left] += accepted + 1
         roots[left] = emitted.gather(1, accepted[:, None]).squeeze(1)
         left = left[done[left] < width]
-    return texts[:, :width], first_round
+    return _Texts(texts[:, :width], torch.cat(history))
 
 
 def _one_round(

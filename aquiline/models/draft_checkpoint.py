@@ -53,7 +53,10 @@ def load_draft(folder: Path, target: Llama, max_positions: int) -> LoadedDraft:
             f"{folder}: an input norm on layer 0 or a final norm is not the EAGLE-1 layout; give a "
             "draft without them"
         )
-    config = LlamaConfig.from_hf(raw)
+    try:
+        config = LlamaConfig.from_hf(raw)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
     _check_fit(folder, config, target.config, tensors.pop("embed_tokens.weight", None))
     weight = target.embed_tokens.weight
     with torch.device(weight.device):
@@ -131,7 +134,11 @@ def _read_vocabulary(folder: Path, vocab: int) -> Tensor | None:
     if token_ids is None or token_ids.dim() != 1 or len(token_ids) == 0:
         raise CheckpointError(f"{path}: no 'token_ids' list; export the draft again")
     if int(token_ids.min()) < 0 or int(token_ids.max()) >= vocab:
-        raise CheckpointError(f"{path}: a token is outside the vocabulary of {vocab}")
+        raise CheckpointError(
+            f"{path}: a token is outside the vocabulary of {vocab}; export the draft again"
+        )
+    if len(set(token_ids.tolist())) != len(token_ids):
+        raise CheckpointError(f"{path}: a token is listed twice; export the draft again")
     return token_ids.to(torch.int64)
 
 

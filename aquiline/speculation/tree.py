@@ -21,12 +21,17 @@ from torch import Tensor
 from aquiline.core.errors import AquilineError
 from aquiline.core.params import TreePath
 
+MAX_NODES = 1024  # draft nodes of a tree; far beyond what pays
+
 # The static tree of EAGLE (2401.15077): root fan-out 4, depth 5, 25 draft nodes.
 EAGLE_25 = (
     "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
 )
+# Eight rows cost a CPU little more than four: a chain of 3 with its likeliest siblings.
+TREE_8 = "0 1 2 00 01 10 000"
 POOL: dict[str, tuple[TreePath, ...]] = {
-    "eagle-25": tuple(tuple(int(rank) for rank in path) for path in EAGLE_25.split())
+    name: tuple(tuple(int(rank) for rank in path) for path in paths.split())
+    for name, paths in (("eagle-25", EAGLE_25), ("tree-8", TREE_8))
 }
 
 
@@ -58,6 +63,8 @@ class TreeShape:
     @classmethod
     def of(cls, paths: Sequence[Sequence[int]]) -> TreeShape:
         """From paths in any order. Parents must be listed, and ranks of siblings contiguous."""
+        if not 1 <= len(paths) <= MAX_NODES:
+            raise AquilineError(f"tree: {len(paths)} nodes; give 1 to {MAX_NODES}")
         known = {tuple(path) for path in paths}
         if len(known) != len(paths):
             raise AquilineError("tree: a path is listed twice; list each node once")
@@ -85,10 +92,10 @@ class TreeShape:
     def named(cls, name: str) -> TreeShape:
         """A tree of the pool, or ``chain-N``."""
         kind, _, length = name.partition("-")
-        if kind == "chain" and length.isdigit():
+        if kind == "chain" and length.isdigit() and len(length) < 3 and 1 <= int(length) <= 64:
             return cls.chain(int(length))
         if name not in POOL:
-            raise AquilineError(f"tree={name!r}: known are 'chain-N', {sorted(POOL)}")
+            raise AquilineError(f"tree={name!r}: known are 'chain-1' to 'chain-64', {sorted(POOL)}")
         return cls.of(POOL[name])
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
+from typing import Any
 
 from aquiline.core.errors import AquilineError
 
@@ -53,16 +55,25 @@ class TrainConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in (
+        counts = {
             "layers", "max_length", "tokens_per_batch", "tokens", "holdout", "eval_every",
-            "eval_prompts", "eval_tokens",
-        ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise AquilineError(f"{name}={getattr(self, name)}: give a positive number")
-        if self.learning_rate <= 0:
-            raise AquilineError(f"learning_rate={self.learning_rate}: give a positive number")
-        if not 0 <= self.decay_fraction <= 1:
-            raise AquilineError(f"decay_fraction={self.decay_fraction}: give a number in [0, 1]")
+            "eval_prompts", "eval_tokens", "intermediate_size", "draft_vocab_size",
+        }  # fmt: skip
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in counts:
+                optional = field.default is None and value is None
+                ok, remedy = optional or (_is(int, value) and value >= 1), "give a positive integer"
+            elif field.name in ("target", "data", "device"):
+                ok, remedy = isinstance(value, str), "give a string"
+            elif field.name == "decay_fraction":
+                ok, remedy = _is(float, value) and 0 <= value <= 1, "give a number in [0, 1]"
+            elif field.name in ("learning_rate", "gradient_clip"):
+                ok, remedy = _is(float, value) and 0 < value < math.inf, "give a positive number"
+            else:
+                ok, remedy = _is(float, value) and 0 <= value < math.inf, "give a number from 0"
+            if not ok:
+                raise AquilineError(f"{field.name}={value!r}: {remedy}")
         if self.max_length > self.tokens_per_batch:
             raise AquilineError(
                 f"max_length={self.max_length}: a conversation must fit in tokens_per_batch="
@@ -79,3 +90,8 @@ class TrainConfig:
         warmup = max(1.0, self.warmup_tokens / self.tokens_per_batch)
         decay = max(1.0, self.decay_fraction * self.steps)
         return self.learning_rate * min(1.0, (step + 1) / warmup, (self.steps - step) / decay)
+
+
+def _is(kind: type, value: Any) -> bool:
+    """An int, or (kind float) an int or a float; a bool is neither."""
+    return isinstance(value, (int, kind)) and not isinstance(value, bool)

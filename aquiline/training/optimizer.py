@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from aquiline.core.errors import CheckpointError
+
 
 class MasterAdamW:
     """AdamW (Adam with decoupled weight decay; norms and biases are not decayed)."""
@@ -57,7 +59,16 @@ class MasterAdamW:
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Inverse of ``state``; bit-identical."""
+        """Inverse of ``state``; bit-identical. CheckpointError on tensors of another draft."""
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for key in ("master", "exp_avg", "exp_avg_sq", "step"):
+                tensor = tensors.get(f"{key}.{name}")
+                fits = tensor is not None and (key == "step" or tensor.shape == parameter.shape)
+                if not fits:
+                    raise CheckpointError(
+                        f"training checkpoint: tensor '{key}.{name}' is missing or misshaped; "
+                        "remove the checkpoint or choose another --out"
+                    )
         for name, master in zip(self.names, self.masters, strict=True):
             master.copy_(tensors[f"master.{name}"])
             self.adam.state[master] = {

@@ -74,6 +74,11 @@ class Trainer:
         self.prompts = packer.held_out_prompts(
             config.eval_prompts, config.max_length - config.eval_tokens
         )
+        if not self.prompts:
+            raise AquilineError(
+                f"eval_tokens={config.eval_tokens}: no held-out prompt fits beside it in "
+                f"max_length={config.max_length}; lower it or raise holdout={config.holdout}"
+            )
         self.step = 0
 
     def run(self, out: Path, report: Report) -> Acceptance:
@@ -87,15 +92,17 @@ class Trainer:
             self.step = state.step
         acceptance: Acceptance | None = None
         logged, started = self.step, time.perf_counter()
+        worst = self._norm = torch.zeros((), device=self.target.embed_tokens.weight.device)
         while self.step < self.config.steps:
             rate = self.config.learning_rate_at(self.step)
             batch = self.packer.batch(self.step)
             loss = self._update(batch, rate)
             self.step += 1
+            worst = torch.maximum(worst, self._norm)
             due = self.step % self.config.eval_every == 0 or self.step == self.config.steps
             if not due and self.step % LOG_EVERY:
                 continue
-            values = self._finite(loss)
+            values = self._finite(loss, worst)
             elapsed = time.perf_counter() - started
             speed = (self.step - logged) * self.config.tokens_per_batch / elapsed
             if due:
@@ -112,19 +119,24 @@ class Trainer:
     def _update(self, batch: PackedBatch, rate: float) -> Loss:
         loss = self.loss(batch)
         loss.total.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step(rate)
+        self._norm = self.optimizer.step(rate)
         return loss
 
-    def _finite(self, loss: Loss) -> tuple[float, float, float, float]:
-        """total, regression, cross_entropy and top1 on the host."""
+    def _finite(self, loss: Loss, norm: Tensor) -> tuple[float, float, float, float]:
+        """total, regression, cross_entropy and top1 on the host.
+
+        ``norm`` is the largest gradient norm since the last check: a loss may be finite and its
+        gradient not.
+        """
         terms = (loss.total, loss.regression, loss.cross_entropy, loss.top1)
         total, *others = (float(term.detach()) for term in terms)
-        if not math.isfinite(total):
-            raise AquilineError(
-                f"loss is {total} at step {self.step}, batch {self.step - 1} or one of the "
-                f"{LOG_EVERY} before it; the last checkpoint is whole, lower learning_rate and "
-                "resume"
-            )
+        for name, value in (("loss", total), ("gradient norm", float(norm))):
+            if not math.isfinite(value):
+                raise AquilineError(
+                    f"{name} is {value} at step {self.step}, in batch {self.step - 1} or one of "
+                    f"the {LOG_EVERY} before it; the last checkpoint is whole, lower "
+                    "learning_rate and resume"
+                )
         return total, others[0], others[1], others[2]
 
     def loss(self, batch: PackedBatch) -> Loss:

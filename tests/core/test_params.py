@@ -1,0 +1,69 @@
+"""Every bad value is refused with the field's name; every good one is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from aquiline.core.errors import AquilineError
+from aquiline.core.params import MAX_SEED, SamplingParams, SpeculationParams
+
+NAN, INF = float("nan"), float("inf")
+BAD_SAMPLING = [
+    ("max_tokens", 0), ("max_tokens", -1), ("temperature", -0.1), ("temperature", NAN),
+    ("temperature", INF), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("top_p", NAN),
+    ("top_p", -0.5), ("min_p", -0.1), ("min_p", 1.5), ("min_p", NAN), ("seed", -1),
+    ("seed", MAX_SEED + 1), ("stop", ""), ("stop", ("a", "")),
+]  # fmt: skip
+WRONG_TYPES = [
+    ("max_tokens", 2.5), ("max_tokens", "5"), ("temperature", "hot"), ("top_k", 1.5),
+    ("top_k", "1"), ("top_p", "all"), ("seed", 1.5), ("seed", "x"), ("stop", (1,)),
+    ("stop_token_ids", (-1,)), ("stop_token_ids", (1.5,)), ("stop_token_ids", ("a",)),
+]  # fmt: skip
+BAD_SPECULATION = [
+    ("method", "medusa"), ("verification", "typical"), ("num_speculative_tokens", 0),
+    ("num_speculative_tokens", 65), ("num_speculative_tokens", -3), ("tree", 5),
+    ("tree", [["a"]]), ("tree", [0, 1]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), BAD_SAMPLING + WRONG_TYPES)
+def test_bad_sampling_field_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(AquilineError, match=rf"^{field}=") as caught:
+        SamplingParams(**{field: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [*BAD_SPECULATION, ("num_speculative_tokens", "3"), ("model", 3)]
+)
+def test_bad_speculation_field_is_refused_by_name(field: str, value: Any) -> None:
+    with pytest.raises(AquilineError, match=rf"^{field}=") as caught:
+        SpeculationParams.from_config({field: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_chain_and_tree_together_are_refused() -> None:
+    with pytest.raises(AquilineError, match="not both"):
+        SpeculationParams(num_speculative_tokens=3, tree="eagle-25")
+
+
+def test_unknown_key_is_refused_by_name() -> None:
+    with pytest.raises(AquilineError, match=r"unknown field 'num_spec'.*num_speculative_tokens"):
+        SpeculationParams.from_config({"method": "eagle", "num_spec": 3})
+
+
+def test_good_values_are_kept() -> None:
+    params = SamplingParams(
+        max_tokens=None, temperature=0, top_k=5, top_p=1.0, min_p=1.0, seed=MAX_SEED, stop="end",
+        stop_token_ids=[3, 4],  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert params.stop == ("end",)
+    assert params.stop_token_ids == (3, 4)
+    assert (params.max_tokens, params.top_k, params.seed) == (None, 5, MAX_SEED)
+    speculation = SpeculationParams.from_config({"tree": [[0], [1], [0, 0]]})
+    assert speculation.tree == ((0,), (1,), (0, 0))
+    assert SpeculationParams(num_speculative_tokens=64).num_speculative_tokens == 64
+    with pytest.raises(AttributeError):
+        params.seed = 1  # type: ignore[misc]

@@ -1,0 +1,257 @@
+"""Law 2: every rule, tree and filter emits the target's exact distribution; planted bugs are seen.
+
+Real rules over tables instead of models (aquiline.evaluation.losslessness). The seeds are fixed, so
+a p-value below the line is a bug and no accident. The plants are bugs that real engines have had;
+the same measurement has to reject each.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from scipy import stats
+
+from aquiline.core.params import SamplingParams
+from aquiline.evaluation.losslessness import (
+    MarkovPair,
+    chi_square,
+    joint_cells,
+    measure_fit,
+    target_distribution,
+)
+from aquiline.kernels import ops
+from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.verification import coupled, multi_round
+from aquiline.speculation.verification.rules import RULES
+
+ACCEPT, REJECT = 1e-4, 1e-6
+VOCAB = 16
+BUSHY = TreeShape.of([[0], [1], [2], [0, 0], [0, 1], [1, 0]])
+TREES = {  # tree, requests (each takes one round or more)
+    "chain-1": (TreeShape.chain(1), 200_000),
+    "chain-3": (TreeShape.chain(3), 110_000),
+    "bushy": (BUSHY, 150_000),
+    "eagle-25": (TreeShape.named("eagle-25"), 10_000),
+}
+PARAMS = {
+    "plain": SamplingParams(),
+    "temperature": SamplingParams(temperature=0.6),
+    "top-k": SamplingParams(top_k=5),
+    "top-p": SamplingParams(top_p=0.8),
+    "min-p": SamplingParams(min_p=0.1),
+    "all": SamplingParams(temperature=1.3, top_k=8, top_p=0.9, min_p=0.05),
+    "reduced-vocabulary": SamplingParams(temperature=0.9),
+}
+REDUCED = torch.tensor([1, 2, 3, 5, 6, 8, 9, 12, 13, 15])
+PAIR = MarkovPair.random(VOCAB, seed=1)
+REDUCED_PAIR = MarkovPair.random(VOCAB, seed=1, draft_ids=REDUCED)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("rule", RULES)
+def test_emits_the_target_distribution(rule, tree, params):
+    shape, rows = TREES[tree]
+    pair = REDUCED_PAIR if params == "reduced-vocabulary" else PAIR
+    fit = measure_fit(pair, shape, RULES[rule], PARAMS[params], rows)
+    assert fit.rounds >= (200_000 if rows > 100_000 else rows)
+    assert fit.tokens_per_round > 1.3, "too few drafts were accepted to test anything"
+    assert min(fit.first_token, fit.joint) > ACCEPT, fit
+
+
+# ------------------------------------------------------------------------------- planted bugs
+
+
+def _fit_of_plant(rule, shape=BUSHY, params=PARAMS["plain"], rows=60_000):
+    return measure_fit(PAIR, shape, rule, params, rows)
+
+
+def _assert_rejected(fit):
+    assert min(fit.first_token, fit.joint) < REJECT, f"the planted bug went unseen: {fit}"
+
+
+def _ops_with(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{**vars(ops), **changes})
+
+
+def test_rejects_a_sibling_kept_in_the_draft_distribution(monkeypatch):
+    real = multi_round.after_rejection
+
+    def plant(residual, proposal, token):
+        return real(residual, proposal, token)[0], proposal
+
+    monkeypatch.setattr(multi_round, "after_rejection", plant)
+    _assert_rejected(_fit_of_plant(multi_round.MultiRound))
+
+
+def test_rejects_a_target_not_reduced_to_its_residual(monkeypatch):
+    real = multi_round.after_rejection
+
+    def plant(residual, proposal, token):
+        return residual, real(residual, proposal, token)[1]
+
+    monkeypatch.setattr(multi_round, "after_rejection", plant)
+    _assert_rejected(_fit_of_plant(multi_round.MultiRound))
+
+
+def test_rejects_argmax_for_the_residual_draw(monkeypatch):
+    def plant(seeds, choices, positions, vocab, stream):
+        noise = ops.gumbel_noise(seeds, choices, positions, vocab, stream)
+        return torch.zeros_like(noise) if stream is ops.Stream.RESIDUAL else noise
+
+    monkeypatch.setattr(multi_round, "ops", _ops_with(gumbel_noise=plant))
+    _assert_rejected(_fit_of_plant(multi_round.MultiRound))
+
+
+@pytest.mark.parametrize("shared", [ops.Stream.ACCEPT, ops.Stream.RESIDUAL])
+def test_rejects_a_stream_shared_with_the_proposal(monkeypatch, shared):
+    def stream_of(stream):
+        return ops.Stream.PROPOSE if stream is shared else stream
+
+    def gumbel(seeds, choices, positions, vocab, stream):
+        return ops.gumbel_noise(seeds, choices, positions, vocab, stream_of(stream))
+
+    def uniform(seeds, choices, positions, count, stream):
+        return ops.uniform_noise(seeds, choices, positions, count, stream_of(stream))
+
+    monkeypatch.setattr(multi_round, "ops", _ops_with(gumbel_noise=gumbel, uniform_noise=uniform))
+    _assert_rejected(_fit_of_plant(multi_round.MultiRound))
+
+
+class PrunedByConfidence(multi_round.MultiRound):
+    """Samples two children more than it needs and keeps those that the draft believes in most."""
+
+    spare = 2
+
+    def child_scores(self, logits, depth):
+        scores = super().child_scores(logits, depth)
+        sampled = scores.topk(self.round.tree.levels[depth - 1].fan_out + self.spare).indices
+        kept = torch.full_like(scores, float("-inf"))
+        return kept.scatter(-1, sampled, logits.gather(-1, sampled))
+
+
+@pytest.mark.parametrize("tree", ["chain-1", "bushy"])
+def test_rejects_children_pruned_by_confidence(tree):
+    _assert_rejected(_fit_of_plant(PrunedByConfidence, TREES[tree][0]))
+
+
+class RankedByConfidence(multi_round.MultiRound):
+    """Samples just the children it needs, but tries the likeliest first."""
+
+    def child_scores(self, logits, depth):
+        scores = super().child_scores(logits, depth)
+        sampled = scores.topk(self.round.tree.levels[depth - 1].fan_out).indices
+        ranked = torch.full_like(scores, float("-inf"))
+        return ranked.scatter(-1, sampled, logits.gather(-1, sampled))
+
+
+def test_rejects_children_ranked_by_confidence():
+    _assert_rejected(_fit_of_plant(RankedByConfidence))
+
+
+def test_rejects_noise_not_keyed_by_position(monkeypatch):
+    real = coupled.position_noise
+
+    def plant(sampling, positions, vocab):
+        return real(sampling, positions[:, :1].expand_as(positions), vocab)
+
+    monkeypatch.setattr(coupled, "position_noise", plant)
+    fit = _fit_of_plant(coupled.Coupled)
+    assert fit.first_token > ACCEPT, "the first token cannot tell: the joint law has to"
+    _assert_rejected(fit)
+
+
+def test_rejects_a_child_followed_without_a_match(monkeypatch):
+    real = coupled.accept
+
+    def plant(tree, tokens, drawn):
+        # Every first child counts as a match.
+        first = tree.routes[-1, 1]
+        swapped = tokens.clone()
+        swapped[:, first] = drawn[:, 0]
+        return real(tree, swapped, drawn)
+
+    monkeypatch.setattr(coupled, "accept", plant)
+    fit = _fit_of_plant(coupled.Coupled)
+    _assert_rejected(fit)
+
+
+# ---------------------------------------------------------------- the instruments themselves
+
+
+def test_chi_square_agrees_with_scipy():
+    generator = torch.Generator().manual_seed(0)
+    expected = 5 + 100 * torch.rand(40, generator=generator, dtype=torch.float64)
+    counts = torch.poisson(expected, generator=generator)
+    expected *= counts.sum() / expected.sum()
+    assert float(expected.min()) >= 5
+    reference = stats.chisquare(counts.numpy(), expected.numpy()).pvalue
+    assert chi_square(counts, expected) == pytest.approx(reference, rel=1e-9)
+
+
+def test_chi_square_pools_small_cells_and_refuses_the_impossible():
+    counts = torch.tensor([50, 40, 3, 4, 3])
+    expected = torch.tensor([48.0, 42.0, 4.0, 3.0, 3.0])
+    pooled = stats.chisquare([50, 40, 10], [48, 42, 10]).pvalue
+    assert chi_square(counts, expected) == pytest.approx(pooled)
+    small_pool = stats.chisquare([60, 44], [58, 46]).pvalue  # 4 alone is too small: 42 + 4
+    assert chi_square(torch.tensor([60, 40, 4]), torch.tensor([58.0, 42, 4])) == pytest.approx(
+        small_pool
+    )
+    assert chi_square(torch.tensor([99, 1]), torch.tensor([100.0, 0.0])) == 0.0
+
+
+def test_joint_cells_lose_no_mass_and_match_brute_force():
+    generator = torch.Generator().manual_seed(3)
+    transition = torch.rand(4, 4, generator=generator, dtype=torch.float64) ** 3
+    transition /= transition.sum(-1, keepdim=True)
+    rows = 3000
+    column, columns = torch.zeros(rows, dtype=torch.int64), []
+    for _ in range(3):
+        column = torch.multinomial(transition[column], 1, generator=generator).squeeze(1)
+        columns.append(column)
+    tokens = torch.stack(columns, dim=1)
+    cells = joint_cells(tokens, transition)
+    assert int(cells.counts.sum()) == rows
+    assert float(cells.expected.sum()) == pytest.approx(rows)
+    large = []
+    for a in range(4):
+        for b in range(4):
+            for c in range(4):
+                mean = float(rows * transition[0, a] * transition[a, b] * transition[b, c])
+                seen = int((tokens == torch.tensor([a, b, c])).all(-1).sum())
+                large += [(round(mean, 6), seen)] * (mean >= 5)
+    ours = {(round(float(e), 6), int(n)) for e, n in zip(cells.expected, cells.counts, strict=True)}
+    assert large
+    assert set(large) <= ours
+    assert cells.p_value > ACCEPT
+
+
+def test_oracle_by_hand():
+    probs = torch.tensor([0.05, 0.4, 0.3, 0.15, 0.1], dtype=torch.float64)
+
+    def of(**params):
+        return target_distribution(probs.log(), SamplingParams(**params)).tolist()
+
+    assert of() == pytest.approx(probs.tolist())
+    assert of(temperature=0) == [0, 1, 0, 0, 0]
+    assert of(temperature=0.5) == pytest.approx((probs**2 / (probs**2).sum()).tolist())
+    assert of(top_k=2) == pytest.approx([0, 4 / 7, 3 / 7, 0, 0])
+    assert of(top_p=0.75) == pytest.approx([0, 8 / 17, 6 / 17, 3 / 17, 0])
+    assert of(min_p=0.3) == pytest.approx([0, 8 / 17, 6 / 17, 3 / 17, 0])
+    # After top-k the nucleus is that of the two left: 4/7 is not yet 0.6, so both stay.
+    assert of(top_k=2, top_p=0.6) == pytest.approx([0, 4 / 7, 3 / 7, 0, 0])
+    assert of(top_k=2, top_p=0.5) == pytest.approx([0, 1, 0, 0, 0])
+    ties = torch.zeros(4, dtype=torch.float64)
+    assert target_distribution(ties, SamplingParams(top_k=1)).tolist() == [0.25] * 4
+    assert target_distribution(ties, SamplingParams(top_p=0.1)).tolist() == [0.25] * 4

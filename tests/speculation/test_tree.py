@@ -1,0 +1,120 @@
+"""TreeShape refuses what is no tree, and its tables agree with walking the paths by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aquiline.core.errors import AquilineError
+from aquiline.speculation.drafting import grow
+from aquiline.speculation.tree import POOL, TreeShape
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def shapes(draw) -> list[tuple[int, ...]]:
+    """A random tree's paths in random order: grown node by node, next sibling each time."""
+    paths: list[tuple[int, ...]] = []
+    for _ in range(draw(st.integers(0, 14))):
+        parent = draw(st.sampled_from([(), *paths]))
+        rank = sum(path[:-1] == parent and len(path) == len(parent) + 1 for path in paths)
+        if len(parent) < 6:
+            paths.append((*parent, rank))
+    return draw(st.permutations(paths))
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ([[0], [0]], "listed twice"),
+        ([[]], "root"),
+        ([[0], [-1]], "root"),
+        ([[0, 0]], r"needs \[0\]"),
+        ([[1]], r"needs \[0\]"),
+        ([[0], [0, 1]], r"needs \[0, 0\]"),
+        ([[0], [2]], r"needs \[1\]"),
+        ([[0], [1], [0, 0], [1, 0, 0]], r"needs \[1, 0\]"),
+    ],
+)
+def test_what_is_no_tree_is_refused(paths, message):
+    with pytest.raises(AquilineError, match=message):
+        TreeShape.of(paths)
+
+
+@pytest.mark.parametrize("name", ["eagle-26", "chain-", "chain-x", "chain--1", ""])
+def test_unknown_names_are_refused(name):
+    with pytest.raises(AquilineError, match="known are"):
+        TreeShape.named(name)
+
+
+def test_the_pool():
+    assert TreeShape.named("chain-4") == TreeShape.chain(4)
+    assert TreeShape.chain(0) == TreeShape.of([])
+    for name, paths in POOL.items():
+        shape = TreeShape.named(name)
+        assert set(shape.paths) == set(paths)
+    eagle = TreeShape.named("eagle-25")
+    assert (eagle.size, eagle.depth, len(eagle.children[0])) == (26, 5, 4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(paths=shapes())
+def test_tables_against_brute_force(paths):
+    shape = TreeShape.of(paths)
+    nodes = [(), *shape.paths]
+    assert sorted(paths) == sorted(shape.paths)
+    assert [len(path) for path in nodes] == sorted(len(path) for path in nodes), "level by level"
+    tables = shape.tables(CPU)
+    assert shape.size == len(nodes)
+    assert shape.depth == max(map(len, nodes))
+    for i, path in enumerate(nodes):
+        assert nodes[shape.parents[i]] == path[:-1]
+        assert int(tables.parents[i]) == shape.parents[i]
+        assert int(tables.depths[i]) == shape.depths[i] == len(path)
+        children = [j for j, other in enumerate(nodes) if other and other[:-1] == path]
+        assert list(shape.children[i]) == sorted(children, key=lambda j: nodes[j][-1])
+        for j, other in enumerate(nodes):
+            assert bool(tables.ancestors[i, j]) == (path[: len(other)] == other)
+        route = [nodes[int(node)] for node in tables.routes[i]]
+        assert route == [path[:depth] for depth in range(shape.depth + 1)]
+    assert len(tables.levels) == len(tables.expanded_nodes) == shape.depth
+    for depth, level in enumerate(tables.levels, start=1):
+        above = tables.expanded_nodes[depth - 1].tolist()
+        assert above == [
+            i for i, p in enumerate(nodes) if len(p) == depth - 1 and shape.children[i]
+        ]
+        assert level.nodes.tolist() == [i for i, p in enumerate(nodes) if len(p) == depth]
+        here = level.nodes.tolist()
+        for column, node in enumerate(here):
+            assert above[int(level.parents[column])] == shape.parents[node]
+            assert int(level.ranks[column]) == nodes[node][-1]
+        assert level.fan_out == max(nodes[node][-1] for node in here) + 1
+        expanded = [here[i] for i in level.expanded.tolist()]
+        assert expanded == [node for node in here if shape.children[node]]
+
+
+@settings(max_examples=80, deadline=None)
+@given(paths=shapes(), seed=st.integers(0, 2**32))
+def test_grow_gives_every_node_its_rank_of_its_parents_children(paths, seed):
+    """The score of a child is a function of its parent's token, so every node can be checked."""
+    shape, vocab, batch = TreeShape.of(paths), 31, 3
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(100 + vocab, vocab, generator=generator)
+    roots = torch.randint(vocab, (batch,), generator=generator)
+    depths = []
+
+    def score(above):
+        depths.append(1 if above is None else above.depth + 1)
+        return table[roots[:, None] if above is None else above.expanded_tokens]
+
+    tokens = grow(shape.tables(CPU), roots, score, lambda ids: ids + 100)  # target ids from 100
+    assert depths == list(range(1, shape.depth + 1))
+    for row in range(batch):
+        said = {(): int(roots[row])}
+        for path in shape.paths:
+            ranked = table[said[path[:-1]]].argsort(descending=True)
+            said[path] = int(ranked[path[-1]]) + 100
+        assert tokens[row].tolist() == [said[path] for path in ((), *shape.paths)]
