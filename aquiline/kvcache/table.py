@@ -24,17 +24,27 @@ class PageTable:
     def capacity(self) -> int:
         return len(self.pages) * self.page_size
 
-    def reserve(self, room: int) -> None:
+    def reserve(self, room: int) -> tuple[int, int] | None:
         """Own slots for ``room`` tokens beyond the length, or raise OutOfPages and change nothing.
 
-        A shared last page must be written by this sequence alone, see ``fork``.
+        Returns (source page, target page) if the caller must copy a page: the next token would
+        have been written into one that another sequence shares, so it was replaced.
         """
+        last, used = divmod(self.length, self.page_size)
+        private = not (room and used and self.allocator.is_shared(self.pages[last]))
         needed = -(-(self.length + room) // self.page_size) - len(self.pages)
-        if needed > self.allocator.free_count:
+        if max(needed, 0) + (not private) > self.allocator.free_count:
             raise OutOfPages
+        copy = None
+        if not private:
+            shared = self.pages[last]
+            self.pages[last] = self.allocator.allocate(shared)
+            self.allocator.free(shared)
+            copy = (shared, self.pages[last])
         for _ in range(needed):
             after = self.pages[-1] if self.pages else None
             self.pages.append(self.allocator.allocate(after))
+        return copy
 
     def append(self, count: int) -> None:
         """Commit ``count`` tokens that were written into reserved room."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from aquiline.sampling.batch import SamplingBatch
 
 NEGATIVE_INFINITY = float("-inf")
+MIN_TEMPERATURE = 1e-6  # a smaller one would overflow; here all but exact ties are greedy already
 
 
 def scaled_scores(logits: Tensor, sampling: SamplingBatch) -> Tensor:
@@ -23,7 +24,8 @@ def scaled_scores(logits: Tensor, sampling: SamplingBatch) -> Tensor:
     if sampling.all_greedy:
         return logits
     temperature = sampling.temperature.to(logits.dtype)[:, None, None]
-    return logits / torch.where(temperature == 0, 1.0, temperature)
+    divisor = temperature.clamp_min(MIN_TEMPERATURE)
+    return logits / torch.where(temperature == 0, 1.0, divisor)
 
 
 def cut_top_k(scores: Tensor, sampling: SamplingBatch) -> Tensor:

@@ -133,7 +133,7 @@ class Trainer:
         for name, value in (("loss", total), ("gradient norm", float(norm))):
             if not math.isfinite(value):
                 raise AquilineError(
-                    f"{name} is {value} at step {self.step}, in batch {self.step - 1} or one of "
+                    f"{name} is {value} at step {self.step}, batch {self.step - 1} or one of "
                     f"the {LOG_EVERY} before it; the last checkpoint is whole, lower "
                     "learning_rate and resume"
                 )

@@ -15,7 +15,7 @@ from aquiline.speculation.tree import TreeShape
 from aquiline.speculation.verification import coupled, multi_round
 from aquiline.speculation.verification.noise import RoundNoise
 from aquiline.speculation.verification.rules import RULES
-from tests.speculation.test_tree import shapes
+from tests.speculation.test_tree import trees
 
 CPU = torch.device("cpu")
 BUSHY = TreeShape.of([[0], [1], [2], [0, 0], [0, 1], [1, 0]])  # nodes 1 2 3, then 4 5 6
@@ -41,9 +41,9 @@ def walk(shape, tokens, drawn):
 
 
 @settings(max_examples=150, deadline=None)
-@given(paths=shapes(), seed=st.integers(0, 2**32))
-def test_coupled_accept_is_a_walk(paths, seed):
-    shape, batch, vocab = TreeShape.of(paths), 8, 15
+@given(shape=trees(), seed=st.integers(0, 2**32))
+def test_coupled_accept_is_a_walk(shape, seed):
+    batch, vocab = 8, 15
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.zeros(batch, shape.size, dtype=torch.int64)
     tokens[:, 0] = torch.randint(vocab, (batch,), generator=generator)
