@@ -24,7 +24,8 @@ def data(
     json_output: Annotated[bool, typer.Option("--json", help="Report as one JSON line.")] = False,
 ) -> None:
     """Make training data: drop exact copies and whatever touches MT-Bench, HumanEval or GSM8K."""
-    conversations = load_sharegpt() if source == "sharegpt" else read_conversations(source)
+    found = load_sharegpt() if source == "sharegpt" else read_conversations(source)
+    conversations = list(found)  # a bad line is reported before benchmarks are looked for
     kept, report = decontaminate(conversations, Decontaminator(benchmark_texts()))
     write_conversations(out, kept)
     if json_output:
