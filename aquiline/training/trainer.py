@@ -67,7 +67,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         shape = draft_config(target.config, config.layers, config.intermediate_size)
         with torch.device(device):
-            self.draft = EagleDraft(shape, config.max_length + config.eval_tokens + 64)
+            self.draft = EagleDraft(shape, len(target.rotary.table))
         initialise(self.draft)
         self.draft.to(target.embed_tokens.weight.dtype)
         self.optimizer = MasterAdamW(self.draft, config.weight_decay, config.gradient_clip)
@@ -92,13 +92,13 @@ class Trainer:
             self.step = state.step
         acceptance: Acceptance | None = None
         logged, started = self.step, time.perf_counter()
-        worst = self._norm = torch.zeros((), device=self.target.embed_tokens.weight.device)
+        worst = torch.zeros((), device=self.target.embed_tokens.weight.device)
         while self.step < self.config.steps:
             rate = self.config.learning_rate_at(self.step)
             batch = self.packer.batch(self.step)
-            loss = self._update(batch, rate)
+            loss, norm = self._update(batch, rate)
             self.step += 1
-            worst = torch.maximum(worst, self._norm)
+            worst = torch.maximum(worst, norm)
             due = self.step % self.config.eval_every == 0 or self.step == self.config.steps
             if not due and self.step % LOG_EVERY:
                 continue
@@ -116,11 +116,11 @@ class Trainer:
         self.export(out)
         return acceptance
 
-    def _update(self, batch: PackedBatch, rate: float) -> Loss:
+    def _update(self, batch: PackedBatch, rate: float) -> tuple[Loss, Tensor]:
+        """One optimiser step: the loss before it and the gradient's norm."""
         loss = self.loss(batch)
         loss.total.backward()  # type: ignore[no-untyped-call]
-        self._norm = self.optimizer.step(rate)
-        return loss
+        return loss, self.optimizer.step(rate)
 
     def _finite(self, loss: Loss, norm: Tensor) -> tuple[float, float, float, float]:
         """total, regression, cross_entropy and top1 on the host.
