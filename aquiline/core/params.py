@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from aquiline.core.errors import AquilineError
 
 VerificationRule = Literal["coupled", "multi-round"]
 TreePath = tuple[int, ...]
 MAX_SEED = 2**63 - 1
+MAX_CHAIN = 64  # draft tokens of a chain
 
 
 def _require(ok: bool, field: str, value: object, remedy: str) -> None:
@@ -44,7 +45,7 @@ class SamplingParams:
 
     Attributes:
         max_tokens: tokens to generate at most; None means up to the context's end.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy; a positive one below 1e-6 acts as 1e-6.
         top_k: 0 keeps all.
         top_p: in (0, 1]; 1 keeps all.
         min_p: in [0, 1]; 0 keeps all.
@@ -115,11 +116,11 @@ class SpeculationParams:
 
     def __post_init__(self) -> None:
         _require(self.method == "eagle", "method", self.method, "the supported method is 'eagle'")
-        rules = ("coupled", "multi-round")
+        rules = get_args(VerificationRule)
         _require(self.verification in rules, "verification", self.verification, f"one of {rules}")
         length = self.num_speculative_tokens
-        ok = length is None or _integer(length, 1, 64)
-        _require(ok, "num_speculative_tokens", length, "give a chain length from 1 to 64")
+        ok = length is None or _integer(length, 1, MAX_CHAIN)
+        _require(ok, "num_speculative_tokens", length, f"give a chain length from 1 to {MAX_CHAIN}")
         ok = self.model is None or isinstance(self.model, str)
         _require(ok, "model", self.model, "give the draft's folder as a string")
         _require(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from aquiline.core.errors import AquilineError
 from aquiline.core.params import SpeculationParams
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
-DTYPES = ("auto", "float32", "bfloat16", "float64")
+DTYPES = get_args(DtypeName)
 
 
 @dataclass(frozen=True)

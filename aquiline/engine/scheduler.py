@@ -64,7 +64,7 @@ class Scheduler:
         for sequence in list(self.running):
             while sequence.row is not None:
                 try:
-                    sequence.table.reserve(self.room)
+                    _reserve(sequence, self.room)
                     break
                 except OutOfPages:
                     self._preempt(self.running[-1])
@@ -79,7 +79,7 @@ class Scheduler:
             if length > budget and budget < self.prefill_tokens:
                 return  # a prompt longer than the whole budget goes alone
             try:
-                sequence.table.reserve(length + self.room)
+                _reserve(sequence, length + self.room)
             except OutOfPages:
                 return
             self.waiting.popleft()
@@ -121,3 +121,8 @@ class Scheduler:
                     self.waiting.remove(sequence)
                 return sequence.output_now(sequence.detokenizer.finish())
         return None
+
+
+def _reserve(sequence: Sequence, room: int) -> None:
+    copy = sequence.table.reserve(room)
+    assert copy is None, "no sequence shares its pages yet"

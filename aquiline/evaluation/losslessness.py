@@ -247,7 +247,7 @@ def _texts(
     left = torch.arange(len(positions))
     history = []
     while len(left):
-        part = _rows_of(sampling, left)
+        part = sampling.select(left)
         after = positions[left, None] + done[left, None] + torch.arange(width)
         round_ = RoundNoise(tree, part, after, pair.target.shape[0], pair.draft_ids)
         emitted, accepted = _one_round(pair, round_, rule(round_), roots[left])
@@ -272,11 +272,3 @@ def _one_round(
     tokens = grow(round_.tree, roots, score_children, pair.to_target)
     verdict = rule.accept(tokens, pair.target[tokens])
     return verdict.tokens, verdict.accepted
-
-
-def _rows_of(sampling: SamplingBatch, rows: Tensor) -> SamplingBatch:
-    return SamplingBatch(
-        sampling.temperature[rows], sampling.top_k[rows], sampling.top_p[rows],
-        sampling.min_p[rows], sampling.seeds[rows], sampling.choices[rows],
-        sampling.all_greedy, sampling.any_top_k, sampling.any_top_p, sampling.any_min_p,
-    )  # fmt: skip

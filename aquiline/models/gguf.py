@@ -23,10 +23,9 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from aquiline.core.errors import CheckpointError
+from aquiline.core.gguf_cursor import GgufCursor
 from aquiline.models.config import LlamaConfig
 
-# GGUF value types by number, as struct codes; * and [ stand for string and array.
-_CODES = "BbHhIif?*[Qqd"
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -44,40 +43,6 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-
-
-class _Cursor:
-    """Reads little-endian GGUF values one after another."""
-
-    def __init__(self, data: memoryview) -> None:
-        self.data = data
-        self.at = 0
-
-    def number(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
-        self.at += struct.calcsize("<" + code)
-        return value
-
-    def string(self) -> str:
-        end = self._room(self.number("Q"))
-        text = str(self.data[self.at : end], "utf-8")
-        self.at = end
-        return text
-
-    def value(self, kind: int) -> Any:
-        code = _CODES[kind]
-        if code == "*":
-            return self.string()
-        if code == "[":
-            item, count = self.number("I"), self.number("Q")
-            self._room(count)
-            return [self.value(item) for _ in range(count)]
-        return self.number(code)
-
-    def _room(self, size: int) -> int:
-        if self.at + size > len(self.data):
-            raise ValueError("a length reaches past the end of the file")
-        return self.at + size
 
 
 @dataclass(frozen=True)
@@ -145,12 +110,8 @@ class GgufFile:
 
 
 def _read_header(data: npt.NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, _Stored]]:
-    cursor = _Cursor(data.data)
-    magic, version = cursor.number("4s"), cursor.number("I")
-    if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError(f"magic {magic!r}, version {version}")
-    num_tensors, num_fields = cursor.number("Q"), cursor.number("Q")
-    fields = {cursor.string(): cursor.value(cursor.number("I")) for _ in range(num_fields)}
+    cursor = GgufCursor(data.data)
+    num_tensors, fields = cursor.metadata()
     infos = [
         (
             cursor.string(),

@@ -7,7 +7,7 @@ host knows of the whole batch, so that work nobody asked for is skipped.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,11 @@ class SamplingBatch:
             any_top_p=any(p.top_p < 1 for p in params),
             any_min_p=any(p.min_p > 0 for p in params),
         )
+
+    def select(self, rows: Tensor) -> SamplingBatch:
+        """The given rows; the flags stay those of the whole batch."""
+        columns = ("temperature", "top_k", "top_p", "min_p", "seeds", "choices")
+        return replace(self, **{name: getattr(self, name)[rows] for name in columns})
 
     @property
     def filtered(self) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from aquiline.core.errors import AquilineError
-from aquiline.core.params import TreePath
+from aquiline.core.params import MAX_CHAIN, TreePath
 
 MAX_NODES = 1024  # draft nodes of a tree; far beyond what pays
 
@@ -92,10 +92,11 @@ class TreeShape:
     def named(cls, name: str) -> TreeShape:
         """A tree of the pool, or ``chain-N``."""
         kind, _, length = name.partition("-")
-        if kind == "chain" and length.isdigit() and len(length) < 3 and 1 <= int(length) <= 64:
+        if kind == "chain" and length in map(str, range(1, MAX_CHAIN + 1)):
             return cls.chain(int(length))
         if name not in POOL:
-            raise AquilineError(f"tree={name!r}: known are 'chain-1' to 'chain-64', {sorted(POOL)}")
+            known = f"'chain-1' to 'chain-{MAX_CHAIN}', {sorted(POOL)}"
+            raise AquilineError(f"tree={name!r}: known are {known}")
         return cls.of(POOL[name])
 
     @property

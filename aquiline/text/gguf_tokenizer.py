@@ -21,10 +21,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from aquiline.core.errors import CheckpointError
+from aquiline.core.gguf_cursor import GgufCursor
 
 _CONTROL, _USER_DEFINED = 3, 4
-# GGUF value types by number, as struct codes; * and [ stand for string and array.
-_CODES = "BbHhIif?*[Qqd"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -73,7 +72,7 @@ def load_gguf_tokenizer(path: Path) -> GgufTokenizer:
     """
     try:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
-            fields = _read_metadata(data)
+            fields = GgufCursor(data).metadata()[1]
     except (OSError, ValueError, LookupError, struct.error) as error:
         raise CheckpointError(
             f"{path}: not a complete GGUF file ({error}); download it again"
@@ -138,45 +137,3 @@ def _rule(model: str, pre: str | None) -> _Rule:
             f"tokenizer.ggml.pre={pre!r}: known are {sorted(_RULES)}; give the Hugging Face folder"
         )
     return _RULES[pre]
-
-
-def _read_metadata(data: mmap) -> dict[str, Any]:
-    cursor = _Cursor(data)
-    magic, version, _ = cursor.number("4s"), cursor.number("I"), cursor.number("Q")
-    if magic != b"GGUF" or version not in (2, 3):
-        raise ValueError(f"magic {magic!r}, version {version}")
-    return {cursor.string(): cursor.value(cursor.number("I")) for _ in range(cursor.number("Q"))}
-
-
-class _Cursor:
-    """Reads little-endian GGUF values one after another; models.gguf has its twin."""
-
-    def __init__(self, data: mmap) -> None:
-        self.data = data
-        self.at = 0
-
-    def number(self, code: str) -> Any:
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
-        self.at += struct.calcsize("<" + code)
-        return value
-
-    def string(self) -> str:
-        end = self._room(self.number("Q"))
-        text = str(self.data[self.at : end], "utf-8")
-        self.at = end
-        return text
-
-    def value(self, kind: int) -> Any:
-        code = _CODES[kind]
-        if code == "*":
-            return self.string()
-        if code == "[":
-            item, count = self.number("I"), self.number("Q")
-            self._room(count)
-            return [self.value(item) for _ in range(count)]
-        return self.number(code)
-
-    def _room(self, size: int) -> int:
-        if self.at + size > len(self.data):
-            raise ValueError("a length reaches past the end of the file")
-        return self.at + size

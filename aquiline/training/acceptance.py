@@ -60,12 +60,10 @@ def measure_acceptance(
         if not active:
             break
         rows = torch.tensor(active, device=device)
-        sampling = SamplingBatch.of(
-            [params or SamplingParams(temperature=0)] * len(active), active, device
-        )
         result = decode_round(
-            models, planes, tree, "coupled", page_table[rows], state.select(rows), sampling
-        )
+            models, planes, tree, "coupled", page_table[rows], state.select(rows),
+            sampling.select(rows),
+        )  # fmt: skip
         state.store(rows, result.state)
         emitted = result.verdict.tokens.tolist()
         for row, new, accepted in zip(
