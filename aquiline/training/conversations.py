@@ -58,9 +58,11 @@ def read_conversations(path: str | Path) -> Iterator[Conversation]:
 def write_conversations(path: str | Path, conversations: Iterable[Conversation]) -> int:
     """Write conversations as JSONL in OpenAI's layout and return their number.
 
-    The file appears whole or not at all: an error while writing leaves what was there before.
+    The file appears whole or not at all: an error while writing leaves what was there before. Its
+    folder is made if it is missing.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     count = 0
     try:

