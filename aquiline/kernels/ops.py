@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from aquiline.kernels import cpu, reference
-from aquiline.kernels.reference import Stream, philox, rotary, silu_mul
+from aquiline.kernels.noise import Stream, gumbel_noise, philox, uniform_noise
+from aquiline.kernels.reference import rotary, silu_mul
 
 __all__ = [
     "PackedWeight", "Stream", "gumbel_noise", "linear", "move_kv", "pack_weight", "philox",
@@ -25,8 +26,6 @@ __all__ = [
 
 PackedWeight = cpu.PackedWeight
 pack_weight = cpu.pack_weight
-gumbel_noise = reference.gumbel_noise
-uniform_noise = reference.uniform_noise
 write_kv = reference.write_kv
 move_kv = reference.move_kv
 

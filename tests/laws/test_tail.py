@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from aquiline.core.params import SamplingParams
-from aquiline.kernels import ops, reference
+from aquiline.kernels import noise as noise_module
+from aquiline.kernels import ops
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw, position_noise
 
@@ -73,7 +74,7 @@ def _words(seeds: Tensor, vocab: int) -> Tensor:
 def _noise_of(words: Tensor, monkeypatch) -> Tensor:
     """The package's Gumbel noise of given words [B, n]."""
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "_bits", lambda *_: words[:, None])
+        patch.setattr(noise_module, "_bits", lambda *_: words[:, None])
         seeds = torch.zeros(len(words), dtype=torch.int64)
         noise = ops.gumbel_noise(seeds, seeds, seeds[:, None], words.shape[1])
     return noise.squeeze(1)
@@ -94,7 +95,7 @@ def test_noise_is_finite_exact_and_monotone(monkeypatch):
 
 
 def test_uniforms_never_reach_an_end(monkeypatch):
-    monkeypatch.setattr(reference, "_bits", lambda *_: torch.tensor([[EDGES]]))
+    monkeypatch.setattr(noise_module, "_bits", lambda *_: torch.tensor([[EDGES]]))
     zero = torch.zeros(1, dtype=torch.int64)
     uniforms = ops.uniform_noise(zero, zero, zero[None], len(EDGES), ops.Stream.ACCEPT)
     assert float(uniforms.min()) > 0
