@@ -104,7 +104,7 @@ def _commit_path(
     source = slots_at(page_table, start + verdict.path[:, 1:], plane.page_size)
     depths = torch.arange(1, tree.shape.depth + 1, device=lengths.device)
     target = slots_at(page_table, start + depths, plane.page_size)
-    plane.commit_path(source.flatten(), target.flatten())
+    plane.commit_path(source, target)
 
 
 def _next_state(lengths: Tensor, features: Tensor, verdict: Verdict) -> DecodeState:

@@ -1,8 +1,9 @@
 """The public operations of the engine: signatures, contracts, dispatch by device.
 
-Every operation has a plain-torch twin in ``reference.py`` that defines what it means; a faster one
-for the CPU lives in ``cpu.py``. Callers import from here only. No operation synchronises with the
-host except where its contract says that lengths are read on the host (CPU tensors only).
+Every operation has a plain-torch twin in ``reference.py`` that defines what it means; faster ones
+live in ``cpu.py`` and, for CUDA, in ``triton/``. Callers import from here only. No operation
+synchronises with the host except where its contract says that lengths are read on the host (CPU
+tensors only).
 
 Shapes: B requests, T query rows, S suffix rows, H query heads, K key/value heads, D head size,
 M page-table columns, V vocabulary. A slot is one token's place in the KV cache:
@@ -11,40 +12,120 @@ slot = page * page_size + offset.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from aquiline.kernels import cpu, reference
 from aquiline.kernels.noise import Stream, gumbel_noise, philox, uniform_noise
-from aquiline.kernels.reference import rotary, silu_mul
+from aquiline.kernels.reference import rotary
+
+if torch.cuda.is_available():  # a CPU needs no Triton
+    from aquiline.kernels.triton import attention, elementwise
+    from aquiline.kernels.triton import linear as skinny
 
 __all__ = [
-    "PackedWeight", "Stream", "gumbel_noise", "linear", "move_kv", "pack_weight", "philox",
-    "plan_attention", "rms_norm", "rotary", "silu_mul", "tree_attention", "uniform_noise",
-    "write_kv",
+    "Norm", "PackedWeight", "Stream", "gated_linear", "gumbel_noise", "linear", "move_kv",
+    "pack_weight", "philox", "plan_attention", "rms_norm", "rotary", "rotary_write", "silu_mul",
+    "tree_attention", "uniform_noise",
 ]  # fmt: skip
 
+SKINNY_ROWS = 64  # rows of x up to which reading the weight is all the work
 PackedWeight = cpu.PackedWeight
 pack_weight = cpu.pack_weight
-write_kv = reference.write_kv
-move_kv = reference.move_kv
+
+
+class Norm(NamedTuple):
+    """An RMS norm in front of a linear layer: weight [d] and eps."""
+
+    weight: Tensor
+    eps: float
+
+
+def _fast(x: Tensor) -> bool:
+    """Whether the Triton kernels serve this tensor: on CUDA, in a dtype they take, not training."""
+    return x.is_cuda and not torch.is_grad_enabled() and x.dtype != torch.float64
+
+
+def _skinny(x: Tensor) -> bool:
+    """Whether x is for the skinny linear: few rows in half precision. In fp32 cuBLAS has IEEE
+    products that Triton's tensor-core kernel would have to emulate."""
+    return _fast(x) and x.dtype != torch.float32 and x.numel() // x.shape[-1] <= SKINNY_ROWS
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., d] / rms(x) * weight [d], the mean square taken in fp32 at least."""
+    if _fast(x):
+        return elementwise.rms_norm(x, weight, eps)
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         return cpu.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> Tensor:
-    """x [..., in] times weight [out, in] transposed, plus bias [out]; [..., out].
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [..., 2i] -> silu(gate) * up [..., i]."""
+    if _fast(gate_up):
+        return elementwise.silu_mul(gate_up)
+    return reference.silu_mul(gate_up)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    packed: PackedWeight | None = None,
+    norm: Norm | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """norm(x) [..., in] times weight [out, in] transposed, plus bias [out] and residual [..., out].
 
     ``packed`` is what ``pack_weight(weight)`` returned, or None.
     """
+    if _skinny(x):
+        scale, eps = norm or (None, 0.0)
+        return skinny.skinny_linear(x, weight, bias, scale, eps, residual)
+    if norm is not None:
+        x = rms_norm(x, *norm)
     if packed is not None:
-        return cpu.packed_linear(x, packed, bias)
-    return reference.linear(x, weight, bias)
+        return cpu.packed_linear(x, packed, bias, residual)
+    if residual is not None and bias is None and x.is_cuda and not torch.is_grad_enabled():
+        flat = torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t())
+        return flat.view(residual.shape)
+    out = reference.linear(x, weight, bias)
+    return out if residual is None else residual + out
+
+
+def gated_linear(
+    x: Tensor, weight: Tensor, packed: PackedWeight | None = None, norm: Norm | None = None
+) -> Tensor:
+    """silu(gate) * up [..., i] of gate_up = linear(x, weight [2i, in], norm=norm)."""
+    if _skinny(x):
+        scale, eps = norm or (None, 0.0)
+        return skinny.skinny_linear(x, weight, None, scale, eps, gated=True)
+    return silu_mul(linear(x, weight, None, packed, norm))
+
+
+def rotary_write(
+    heads: Tensor, cos: Tensor, signed_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> Tensor:
+    """Rotate queries and keys of heads [B, T, H + 2K, D] by cos, signed_sin [B, T, 1, D]; write
+    keys and values to the caches [slots, K, D] at slots [B * T]; return the queries [B, T, H, D].
+
+    Slot 0 is a dustbin: several rows may write it.
+    """
+    if _fast(heads):
+        return elementwise.rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
+    return reference.rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
+
+
+def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy slots source [B, n] of cache [L, 2, slots, K, D] to slots target [B, n], column by
+    column; within a request no target is the source of a later column (a committed path)."""
+    if _fast(cache):
+        elementwise.move_kv(cache, source, target)
+    else:
+        reference.move_kv(cache, source, target)
 
 
 def tree_attention(
@@ -81,10 +162,11 @@ def tree_attention(
     """
     if plan is not None:
         return cpu.run_attention(q, k_cache, v_cache, plan)
+    arguments = q, k_cache, v_cache, page_table, page_size, prefix_lengths, suffix_rows, suffix_mask
+    if _fast(q):
+        return attention.tree_attention(*arguments)
     attend = cpu.tree_attention if q.device.type == "cpu" else reference.tree_attention
-    return attend(
-        q, k_cache, v_cache, page_table, page_size, prefix_lengths, suffix_rows, suffix_mask
-    )
+    return attend(*arguments)
 
 
 def plan_attention(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from aquiline.attention.backend import Attention
+from aquiline.attention.backend import Angles, Attention
 from aquiline.distributed.ranks import SINGLE, Ranks
 from aquiline.kernels import ops
 from aquiline.layers.linear import ColumnParallelLinear, RowParallelLinear
-from aquiline.layers.rotary import Angles
 
 
 class SelfAttention(nn.Module):
@@ -31,12 +30,17 @@ class SelfAttention(nn.Module):
         self.num_heads = ranks.split(num_heads, "num_attention_heads")
         self.num_kv_heads = ranks.split(num_kv_heads, "num_key_value_heads")
 
-    def forward(self, x: Tensor, angles: Angles, attention: Attention, layer: int) -> Tensor:
-        """x [B, T, hidden] -> [B, T, hidden]."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        turned = self.num_heads + self.num_kv_heads
-        rotated = ops.rotary(heads[:, :, :turned], angles.cos, angles.signed_sin)
-        q, k = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :]
-        out = attention.run(layer, q, k, heads[:, :, turned:])
-        projected: Tensor = self.o_proj(out.flatten(2))
-        return projected
+    def forward(
+        self,
+        x: Tensor,
+        norm: ops.Norm | None,
+        residual: Tensor,
+        angles: Angles,
+        attention: Attention,
+        layer: int,
+    ) -> Tensor:
+        """residual + attention of norm(x) [B, T, hidden]; ``layer`` names its cache."""
+        heads = self.qkv_proj(x, norm).unflatten(-1, (-1, self.head_dim))
+        attended = attention.run(layer, heads, self.num_kv_heads, angles)
+        out: Tensor = self.o_proj(attended.flatten(2), residual=residual)
+        return out

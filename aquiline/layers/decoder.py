@@ -6,12 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from aquiline.attention.backend import Attention
+from aquiline.attention.backend import Angles, Attention
 from aquiline.distributed.ranks import SINGLE, Ranks
 from aquiline.layers.attention import SelfAttention
 from aquiline.layers.mlp import MLP
 from aquiline.layers.norm import RMSNorm
-from aquiline.layers.rotary import Angles
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, angles: Angles, attention: Attention, layer: int) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]; ``layer`` names its plane in the cache."""
-        normed = x if self.input_layernorm is None else self.input_layernorm(x)
-        x = x + self.self_attn(normed, angles, attention, layer)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        norm = None if self.input_layernorm is None else self.input_layernorm.fused
+        x = self.self_attn(x, norm, x, angles, attention, layer)
+        out: Tensor = self.mlp(x, self.post_attention_layernorm.fused)
         return out

@@ -32,8 +32,13 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(self.outs))) if bias else None
         self._packed: ops.PackedWeight | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias, self._packed)
+    def forward(self, x: Tensor, norm: ops.Norm | None = None) -> Tensor:
+        """The product with x, or with norm(x)."""
+        return ops.linear(x, self.weight, self.bias, self._packed, norm)
+
+    def gated(self, x: Tensor, norm: ops.Norm | None = None) -> Tensor:
+        """Of two projections of equal size: silu(first) * second."""
+        return ops.gated_linear(x, self.weight, self._packed, norm)
 
     def pack(self) -> None:
         self._packed = ops.pack_weight(self.weight)
@@ -52,7 +57,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """[..., in / ranks] -> [..., out], summed over ranks."""
+    """[..., in / ranks] -> [..., out], summed over ranks and added to a residual."""
 
     weight: nn.Parameter
 
@@ -63,8 +68,11 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, local))
         self._packed: ops.PackedWeight | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ranks.all_reduce(ops.linear(x, self.weight, None, self._packed))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        """residual + the product."""
+        if self.ranks.size == 1:
+            return ops.linear(x, self.weight, None, self._packed, residual=residual)
+        return residual + self.ranks.all_reduce(ops.linear(x, self.weight, None, self._packed))
 
     def pack(self) -> None:
         self._packed = ops.pack_weight(self.weight)

@@ -18,6 +18,7 @@ class MLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(hidden_size, sizes, ranks=ranks)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, ranks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
-        return projected
+    def forward(self, x: Tensor, norm: ops.Norm) -> Tensor:
+        """x + the layer's output for norm(x)."""
+        out: Tensor = self.down_proj(self.gate_up_proj.gated(x, norm), residual=x)
+        return out
