@@ -26,8 +26,9 @@ if torch.cuda.is_available():  # a CPU needs no Triton
     from aquiline.kernels.triton import linear as skinny
 
 __all__ = [
-    "Norm", "PackedWeight", "Stream", "gated_linear", "gumbel_noise", "linear", "move_kv",
-    "pack_weight", "philox", "plan_attention", "rms_norm", "rotary", "rotary_write", "silu_mul",
+    "Norm", "Normed", "PackedWeight", "Stream", "gated_linear", "gumbel_noise", "linear", "move_kv",
+    "pack_weight", "philox", "plan_attention", "residual_linear",
+    "rms_norm", "rotary", "rotary_write", "silu_mul",
     "tree_attention", "uniform_noise",
 ]  # fmt: skip
 
@@ -37,10 +38,27 @@ pack_weight = cpu.pack_weight
 
 
 class Norm(NamedTuple):
-    """An RMS norm in front of a linear layer: weight [d] and eps."""
+    """An RMS norm: weight [d] and eps."""
 
     weight: Tensor
     eps: float
+
+
+class Normed(NamedTuple):
+    """A vector x [..., d] that is read through a norm, if there is one.
+
+    Where the kernel that wrote x prepared the norm, ``scaled`` is x * weight and ``squares`` [P, R]
+    are shares of the sum of x^2 of each row; a linear layer then divides its result by rms(x).
+    """
+
+    x: Tensor
+    norm: Norm | None
+    scaled: Tensor | None = None
+    squares: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """norm(x)."""
+        return self.x if self.norm is None else rms_norm(self.x, *self.norm)
 
 
 def _fast(x: Tensor) -> bool:
@@ -71,39 +89,60 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor,
+    x: Tensor | Normed,
     weight: Tensor,
     bias: Tensor | None = None,
     packed: PackedWeight | None = None,
-    norm: Norm | None = None,
-    residual: Tensor | None = None,
 ) -> Tensor:
-    """norm(x) [..., in] times weight [out, in] transposed, plus bias [out] and residual [..., out].
+    """x [..., in] times weight [out, in] transposed, plus bias [out]; [..., out].
 
     ``packed`` is what ``pack_weight(weight)`` returned, or None.
     """
-    if _skinny(x):
-        scale, eps = norm or (None, 0.0)
-        return skinny.skinny_linear(x, weight, bias, scale, eps, residual)
-    if norm is not None:
-        x = rms_norm(x, *norm)
+    source = x if isinstance(x, Normed) else Normed(x, None)
+    if _skinny(source.x):
+        return _skinny_linear(source, weight, bias)
+    value = source.value()
     if packed is not None:
-        return cpu.packed_linear(x, packed, bias, residual)
-    if residual is not None and bias is None and x.is_cuda and not torch.is_grad_enabled():
-        flat = torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t())
-        return flat.view(residual.shape)
-    out = reference.linear(x, weight, bias)
-    return out if residual is None else residual + out
+        return cpu.packed_linear(value, packed, bias)
+    return reference.linear(value, weight, bias)
 
 
-def gated_linear(
-    x: Tensor, weight: Tensor, packed: PackedWeight | None = None, norm: Norm | None = None
-) -> Tensor:
-    """silu(gate) * up [..., i] of gate_up = linear(x, weight [2i, in], norm=norm)."""
+def gated_linear(x: Tensor | Normed, weight: Tensor, packed: PackedWeight | None = None) -> Tensor:
+    """silu(gate) * up [..., i] of [gate, up] = linear(x, weight [2i, in])."""
+    source = x if isinstance(x, Normed) else Normed(x, None)
+    if _skinny(source.x):
+        return _skinny_linear(source, weight, None, gated=True)
+    return silu_mul(linear(source, weight, None, packed))
+
+
+def residual_linear(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    norm: Norm | None,
+    packed: PackedWeight | None = None,
+) -> Normed:
+    """residual [..., out] + linear(x, weight), to be read through ``norm``."""
     if _skinny(x):
-        scale, eps = norm or (None, 0.0)
-        return skinny.skinny_linear(x, weight, None, scale, eps, gated=True)
-    return silu_mul(linear(x, weight, None, packed, norm))
+        scale = None if norm is None else norm.weight
+        out = skinny.skinny_linear(x, weight, residual=residual, next_weight=scale)
+        return Normed(out[0], norm, out[1], out[2])
+    if packed is not None:
+        return Normed(cpu.packed_linear(x, packed, None, residual), norm)
+    if x.is_cuda and not torch.is_grad_enabled():
+        flat = torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t())
+        return Normed(flat.view(residual.shape), norm)
+    return Normed(residual + reference.linear(x, weight, None), norm)
+
+
+def _skinny_linear(
+    source: Normed, weight: Tensor, bias: Tensor | None, gated: bool = False
+) -> Tensor:
+    if source.scaled is None or source.norm is None:
+        return skinny.skinny_linear(source.value(), weight, bias, gated=gated)[0]
+    return skinny.skinny_linear(
+        source.scaled, weight, bias, source.squares, source.norm.eps, gated=gated
+    )[0]
 
 
 def rotary_write(

@@ -32,15 +32,16 @@ class SelfAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
-        norm: ops.Norm | None,
+        x: ops.Normed,
         residual: Tensor,
+        next_norm: ops.Norm,
         angles: Angles,
         attention: Attention,
         layer: int,
-    ) -> Tensor:
-        """residual + attention of norm(x) [B, T, hidden]; ``layer`` names its cache."""
-        heads = self.qkv_proj(x, norm).unflatten(-1, (-1, self.head_dim))
+    ) -> ops.Normed:
+        """residual + attention of norm(x), to be read through ``next_norm``; ``layer`` names its
+        cache."""
+        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
         attended = attention.run(layer, heads, self.num_kv_heads, angles)
-        out: Tensor = self.o_proj(attended.flatten(2), residual=residual)
+        out: ops.Normed = self.o_proj(attended.flatten(2), residual, next_norm)
         return out

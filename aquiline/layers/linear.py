@@ -32,13 +32,12 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(self.outs))) if bias else None
         self._packed: ops.PackedWeight | None = None
 
-    def forward(self, x: Tensor, norm: ops.Norm | None = None) -> Tensor:
-        """The product with x, or with norm(x)."""
-        return ops.linear(x, self.weight, self.bias, self._packed, norm)
+    def forward(self, x: Tensor | ops.Normed) -> Tensor:
+        return ops.linear(x, self.weight, self.bias, self._packed)
 
-    def gated(self, x: Tensor, norm: ops.Norm | None = None) -> Tensor:
+    def gated(self, x: Tensor | ops.Normed) -> Tensor:
         """Of two projections of equal size: silu(first) * second."""
-        return ops.gated_linear(x, self.weight, self._packed, norm)
+        return ops.gated_linear(x, self.weight, self._packed)
 
     def pack(self) -> None:
         self._packed = ops.pack_weight(self.weight)
@@ -68,11 +67,12 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, local))
         self._packed: ops.PackedWeight | None = None
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        """residual + the product."""
+    def forward(self, x: Tensor, residual: Tensor, norm: ops.Norm | None) -> ops.Normed:
+        """residual + the product, to be read through ``norm``."""
         if self.ranks.size == 1:
-            return ops.linear(x, self.weight, None, self._packed, residual=residual)
-        return residual + self.ranks.all_reduce(ops.linear(x, self.weight, None, self._packed))
+            return ops.residual_linear(x, self.weight, residual, norm, self._packed)
+        product = self.ranks.all_reduce(ops.linear(x, self.weight, None, self._packed))
+        return ops.Normed(residual + product, norm)
 
     def pack(self) -> None:
         self._packed = ops.pack_weight(self.weight)

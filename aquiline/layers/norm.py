@@ -18,7 +18,7 @@ class RMSNorm(nn.Module):
 
     @property
     def fused(self) -> ops.Norm:
-        """For a linear layer that applies it to its own input."""
+        """For the layer that reads through it."""
         return ops.Norm(self.weight, self.eps)
 
     def forward(self, x: Tensor) -> Tensor:

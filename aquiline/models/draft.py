@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aquiline.attention.backend import Attention
 from aquiline.kernels import ops
 from aquiline.kvcache.pool import PlaneShape
-from aquiline.layers.decoder import DecoderLayer
+from aquiline.layers.decoder import DecoderLayer, run_layers
 from aquiline.layers.linear import ColumnParallelLinear
 from aquiline.layers.rotary import RotaryEmbedding
 from aquiline.models.config import LlamaConfig
@@ -44,9 +44,8 @@ class EagleDraft(nn.Module):
         """embeddings (of tokens i+1), features (h_i) [B, T, d], positions i [B, T] -> h_{i+1}."""
         x: Tensor = self.fc(torch.cat((embeddings, features.to(embeddings.dtype)), dim=-1))
         angles = self.rotary(positions, x.dtype)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, angles, attention, index)
-        return x
+        *_, last = run_layers(self.layers, x, None, angles, attention)
+        return last.x
 
     def plane_shape(self) -> PlaneShape:
         """What the draft stores per token."""

@@ -24,6 +24,14 @@ def inputs(rows: int, columns: int, width: int, dtype: torch.dtype) -> tuple[Ten
     return x.to(dtype), weight.to(dtype), (1 + normal(width, seed=2) / 4).to(dtype)
 
 
+def prepared(x: Tensor, weight: Tensor, norm: Tensor, bias: Tensor | None):
+    """The arguments that read x through a norm: as if a layer before had written it."""
+    identity = torch.eye(x.shape[-1], dtype=x.dtype)
+    zeros = torch.zeros_like(x)
+    _, scaled, squares = skinny_linear(x, identity, residual=zeros, next_weight=norm)
+    return scaled, weight, bias, squares, EPS
+
+
 def check(got: Tensor, reference: Callable[[torch.dtype], Tensor]) -> None:
     """fp32 near exact; bf16 at most four times the error of plain torch in bf16: the interpreter
     truncates where the card rounds (tests/gpu allows twice)."""
@@ -38,7 +46,7 @@ def check(got: Tensor, reference: Callable[[torch.dtype], Tensor]) -> None:
 def test_everything_fused(rows, columns, width, dtype):
     x, weight, norm = inputs(rows, columns, width, dtype)
     bias, residual = normal(columns, seed=3).to(dtype), normal(1, rows, columns, seed=4).to(dtype)
-    got = skinny_linear(x, weight, bias, norm, EPS, residual)
+    got, *_ = skinny_linear(*prepared(x, weight, norm, bias), residual=residual)
 
     def reference(to: torch.dtype) -> Tensor:
         normed = F.rms_norm(x.to(to), (width,), norm.to(to), EPS)
@@ -51,7 +59,7 @@ def test_everything_fused(rows, columns, width, dtype):
 @pytest.mark.parametrize(("rows", "columns", "width"), SHAPES)
 def test_gated(rows, columns, width, dtype):
     x, weight, norm = inputs(rows, columns, width, dtype)
-    got = skinny_linear(x, weight, None, norm, EPS, gated=True)
+    got, *_ = skinny_linear(*prepared(x, weight, norm, None), gated=True)
 
     def reference(to: torch.dtype) -> Tensor:
         normed = F.rms_norm(x.to(to), (width,), norm.to(to), EPS)
@@ -63,4 +71,4 @@ def test_gated(rows, columns, width, dtype):
 
 def test_nothing_fused():
     x, weight, _ = inputs(3, 64, 128, torch.float32)
-    check(skinny_linear(x, weight), lambda to: F.linear(x.to(to), weight.to(to)))
+    check(skinny_linear(x, weight)[0], lambda to: F.linear(x.to(to), weight.to(to)))
