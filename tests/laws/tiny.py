@@ -85,11 +85,12 @@ def memoryless_models() -> DecoderModels:
 class Prophet(nn.Module):
     """Stands in for draft and head: predicts given texts, by row and position, with certainty."""
 
-    token_ids = None
+    token_ids, taps, feature_size = None, (), CONFIG.hidden_size
 
     def __init__(self, models: DecoderModels, texts: Sequence[Sequence[int]]) -> None:
         super().__init__()
         self.plane_shape = models.target.plane_shape
+        self.embed = models.target.embed_tokens.forward
         width = max(map(len, texts))
         self.texts = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
 
@@ -105,6 +106,9 @@ class Prophet(nn.Module):
 
     def to_target(self, ids: Tensor) -> Tensor:
         return ids
+
+    def fuse(self, features: Tensor) -> Tensor:
+        return features
 
 
 def prophetic_models(models: DecoderModels, texts: Sequence[Sequence[int]]) -> DecoderModels:
@@ -180,7 +184,8 @@ def decode(
     tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts])
     counts = torch.tensor([len(prompt) for prompt in prompts])
     sampling = SamplingBatch.of(params, seeds, CPU)
-    state = DecodeState.empty(rows, shape.depth + 1, CONFIG.hidden_size, torch.float64, CPU)
+    width = models.feature_size
+    state = DecodeState.empty(rows, shape.depth + 1, width, torch.float64, CPU)
     first = prefill(models, planes, page_table, tokens, counts, sampling)
     state.store(torch.arange(rows), first)
     texts = [[token] for token in first.roots.tolist()]
