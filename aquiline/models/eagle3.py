@@ -75,7 +75,8 @@ class Eagle3Head(Head):
         self.lm_head = ColumnParallelLinear(config.hidden_size, (draft_vocab,))
         self.embed_tokens: nn.Embedding | None = None
         if embedding is not None:
-            self.embed_tokens = nn.Embedding(*embedding.shape, _weight=embedding)
+            rows, width = embedding.shape
+            self.embed_tokens = nn.Embedding(rows, width, _weight=embedding)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., Vd] logits."""
