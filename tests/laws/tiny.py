@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aquiline.attention.packed import PackedAttention
 from aquiline.core.params import SamplingParams, VerificationRule
+from aquiline.decoding import round as round_module
 from aquiline.decoding.models import DecoderModels, Drafter, Planes
 from aquiline.decoding.prefill import prefill
 from aquiline.decoding.round import decode_round
@@ -23,9 +24,11 @@ from aquiline.evaluation.losslessness import target_distribution
 from aquiline.kernels import ops
 from aquiline.models.config import LlamaConfig
 from aquiline.models.draft import DraftHead, EagleDraft, draft_config
+from aquiline.models.eagle3 import random_eagle3
 from aquiline.models.llama import Llama
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.verification.verdict import verdict_of
 
 CPU = torch.device("cpu")
 VOCAB = 50
@@ -53,6 +56,18 @@ def tiny_models(seed: int = 0, token_ids: Tensor | None = None, draft_layers: in
     return DecoderModels(
         target, Drafter(_initialised(draft, seed + 1), DraftHead(target, token_ids))
     )
+
+
+def tiny_eagle3_models(seed: int = 0, draft_vocab: int = VOCAB, draft_layers: int = 1):
+    """The same in the EAGLE-3 wiring, on a target of four layers."""
+    target = tiny_target(seed, replace(CONFIG, num_layers=4))
+    draft, head = random_eagle3(target, draft_vocab, draft_layers, taps=(1, 2, 4))
+    drafter = Drafter(_initialised(draft, seed + 1), _initialised(head, seed + 2))
+    for module in (drafter.draft, drafter.head):  # norms that are not the identity
+        for name, weight in module.named_parameters():
+            if "norm" in name:
+                nn.init.uniform_(weight, 0.5, 1.5, generator=torch.Generator().manual_seed(seed))
+    return DecoderModels(target, drafter)
 
 
 def _initialised(module, seed: int):
@@ -141,6 +156,25 @@ def oracle_text(
             scores = scores + ops.gumbel_noise(*key, position, VOCAB)[0, 0]
         tokens.append(int(scores.argmax()))
     return tokens[len(prompt) :]
+
+
+def agreeable_rule(shape: TreeShape, foreseen: int) -> type:
+    """A rule that accepts ``foreseen`` levels where the tree has them, drafted right or wrong."""
+
+    class Agreeable(round_module.RULES["coupled"]):  # type: ignore[misc, name-defined]
+        """Walks to a node of depth ``foreseen`` (the last listed), then draws."""
+
+        def accept(self, tokens, logits):
+            tables = self.round.tree
+            depth = min(foreseen, shape.depth)
+            leaf = [n for n in range(shape.size) if shape.depths[n] == depth][-1]
+            drawn = logits.argmax(dim=-1)
+            for node in tables.routes[leaf].unique().tolist():
+                if node:
+                    drawn[:, shape.parents[node]] = tokens[:, node]
+            return verdict_of(tables, torch.full_like(tokens[:, 0], leaf), drawn)
+
+    return Agreeable
 
 
 # ----------------------------------------------------------------------------------- the decoder
