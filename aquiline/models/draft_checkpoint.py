@@ -64,8 +64,8 @@ def load_draft(
     tensors = _read_tensors(folder / "model.safetensors")
     _check_wiring(folder, tensors, method)
     if _eagle3_key(tensors) is not None:
-        config = _read_shape(folder, layer_config(raw), target.config)
-        _check_fit(folder, config, target.config, tensors.get("embed_tokens.weight"))
+        embedding = tensors.get("embed_tokens.weight")
+        config = _read_shape(folder, layer_config(raw), target.config, embedding)
         return LoadedDraft(*build_eagle3(str(folder), raw, config, tensors, target, max_positions))
     return _load_eagle1(folder, raw, tensors, target, max_positions)
 
@@ -102,8 +102,8 @@ def _load_eagle1(
             f"{folder}: an input norm on layer 0 or a final norm is not the EAGLE-1 layout; give a "
             "draft without them"
         )
-    config = _read_shape(folder, raw, target.config)
-    _check_fit(folder, config, target.config, tensors.pop("embed_tokens.weight", None))
+    embedding = tensors.pop("embed_tokens.weight", None)
+    config = _read_shape(folder, raw, target.config, embedding)
     weight = target.embed_tokens.weight
     with torch.device(weight.device):
         draft = EagleDraft(config, max_positions, fc_bias="fc.bias" in tensors)
@@ -118,12 +118,15 @@ def _load_eagle1(
     return LoadedDraft(draft, DraftHead(target, token_ids))
 
 
-def _read_shape(folder: Path, raw: Mapping[str, Any], target: LlamaConfig) -> LlamaConfig:
+def _read_shape(
+    folder: Path, raw: Mapping[str, Any], target: LlamaConfig, embedding: Tensor | None
+) -> LlamaConfig:
     """The draft's shape with the target's rope: stock configs carry a wrong one, and 2048."""
     raw = {name: value for name, value in raw.items() if name not in ROPE_FIELDS}
     context = target.max_position_embeddings
     try:
         config = LlamaConfig.from_hf(raw | {"max_position_embeddings": context})
+        _check_fit(config, target, embedding)
         return replace(config, rope_theta=target.rope_theta, rope_scaling=target.rope_scaling)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
@@ -212,19 +215,16 @@ def _read_vocabulary(folder: Path, vocab: int) -> Tensor | None:
     return token_ids.to(torch.int64)
 
 
-def _check_fit(
-    folder: Path, draft: LlamaConfig, target: LlamaConfig, embedding: Tensor | None
-) -> None:
+def _check_fit(draft: LlamaConfig, target: LlamaConfig, embedding: Tensor | None) -> None:
     for field in ("hidden_size", "vocab_size"):
         ours, theirs = getattr(draft, field), getattr(target, field)
         if ours != theirs:
             raise CheckpointError(
-                f"{folder}: {field} is {ours}, the target's is {theirs}; give a draft trained for "
-                "this target"
+                f"{field} is {ours}, the target's is {theirs}; give a draft trained for this target"
             )
     expected = (target.vocab_size, target.hidden_size)
     if embedding is not None and tuple(embedding.shape) != expected:
         raise CheckpointError(
-            f"{folder}: embed_tokens.weight has shape {tuple(embedding.shape)}, the target's is "
+            f"embed_tokens.weight has shape {tuple(embedding.shape)}, the target's is "
             f"{expected}; give a draft trained for this target"
         )
