@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from aquiline.core.errors import AquilineError
 
 VerificationRule = Literal["coupled", "multi-round"]
+DraftMethod = Literal["eagle", "eagle3"]
 TreePath = tuple[int, ...]
 MAX_SEED = 2**63 - 1
 MAX_CHAIN = 64  # draft tokens of a chain
@@ -101,21 +102,22 @@ class SpeculationParams:
     """How drafts are proposed and verified.
 
     Attributes:
-        method: ``"eagle"``; the wiring (EAGLE-1) is read from the draft's own keys.
+        method: ``"eagle"`` (EAGLE-1) or ``"eagle3"``; the draft's own keys must agree.
         num_speculative_tokens: length of a chain, the root not counted.
         model: folder of a draft; None takes the draft shipped for a built-in target.
         tree: instead of a chain, paths of child ranks (``[[0], [1], [0, 0]]``) or a pool name.
         verification: ``"coupled"`` or ``"multi-round"``.
     """
 
-    method: Literal["eagle"] = "eagle"
+    method: DraftMethod = "eagle"
     num_speculative_tokens: int | None = None
     model: str | None = None
     tree: str | tuple[TreePath, ...] | None = None
     verification: VerificationRule = "coupled"
 
     def __post_init__(self) -> None:
-        _require(self.method == "eagle", "method", self.method, "the supported method is 'eagle'")
+        methods = get_args(DraftMethod)
+        _require(self.method in methods, "method", self.method, f"one of {methods}")
         rules = get_args(VerificationRule)
         _require(self.verification in rules, "verification", self.verification, f"one of {rules}")
         length = self.num_speculative_tokens

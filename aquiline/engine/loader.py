@@ -13,7 +13,6 @@ from aquiline.decoding.models import DecoderModels, Drafter
 from aquiline.engine.config import DTYPES, EngineConfig
 from aquiline.kernels.cpu import native_bf16
 from aquiline.models.checkpoint import open_checkpoint
-from aquiline.models.draft import DraftHead
 from aquiline.models.draft_checkpoint import load_draft
 from aquiline.models.llama import Llama, load_llama
 from aquiline.models.registry import resolve, shipped_draft
@@ -102,8 +101,8 @@ def _drafter(
             f"speculative_config: no draft is shipped for {target_name!r}; give its folder as "
             "'model'"
         )
-    loaded = load_draft(folder, target, positions)
-    return Drafter(loaded.draft, DraftHead(target, loaded.token_ids))
+    loaded = load_draft(folder, target, positions, speculation.method)
+    return Drafter(loaded.draft, loaded.head)
 
 
 def _sampling_defaults(generation_config: dict[str, object]) -> dict[str, object]:

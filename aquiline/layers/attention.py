@@ -11,7 +11,10 @@ from aquiline.layers.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention; ``bias`` is Qwen2's bias on q, k and v."""
+    """Grouped-query attention; ``bias`` is Qwen2's bias on q, k and v.
+
+    ``input_size`` is the width that q, k and v read, where it is not ``hidden_size`` (EAGLE-3).
+    """
 
     def __init__(
         self,
@@ -21,11 +24,12 @@ class SelfAttention(nn.Module):
         head_dim: int,
         bias: bool,
         ranks: Ranks = SINGLE,
+        input_size: int | None = None,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
         outs = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-        self.qkv_proj = ColumnParallelLinear(hidden_size, outs, bias, ranks)
+        self.qkv_proj = ColumnParallelLinear(input_size or hidden_size, outs, bias, ranks)
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, ranks)
         self.num_heads = ranks.split(num_heads, "num_attention_heads")
         self.num_kv_heads = ranks.split(num_kv_heads, "num_key_value_heads")

@@ -64,16 +64,20 @@ class DecoderLayer(nn.Module):
 
 def run_layers(
     layers: Iterable[nn.Module],
-    x: Tensor,
+    x: Tensor | ops.Normed,
     last_norm: ops.Norm | None,
     angles: Angles,
     attention: Attention,
+    first: int = 0,
 ) -> Iterator[ops.Normed]:
-    """The residual stream x [B, T, hidden] before each layer and after the last, as it is read."""
+    """The residual stream x [B, T, hidden] before each layer and after the last, as it is read.
+
+    ``first`` is the first layer's number in the cache.
+    """
     stack = [layer for layer in layers if isinstance(layer, DecoderLayer)]
     norms = [*(layer.input_norm for layer in stack), last_norm]
-    stream = ops.Normed(x, norms[0])
+    stream = x if isinstance(x, ops.Normed) else ops.Normed(x, norms[0])
     yield stream
     for index, layer in enumerate(stack):
-        stream = layer(stream, norms[index + 1], angles, attention, index)
+        stream = layer(stream, norms[index + 1], angles, attention, first + index)
         yield stream

@@ -48,7 +48,7 @@ def measure_acceptance(
     sampling = SamplingBatch.of(
         [params or SamplingParams(temperature=0)] * count, range(count), device
     )
-    width = models.target.config.hidden_size
+    width = models.feature_size
     state = DecodeState.empty(count, shape.depth + 1, width, models.dtype, device)
     first = prefill(models, planes, page_table, tokens, lengths, sampling)
     state.store(torch.arange(count, device=device), first)

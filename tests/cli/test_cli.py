@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aquiline.cli.main import main
-from tests.tiny_checkpoint import VOCAB, write_draft, write_target
+from tests.tiny_checkpoint import VOCAB, write_draft, write_eagle3, write_target
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_draft(root / "draft", context=640)
     write_draft(root / "wide", hidden_size=48)
     write_draft(root / "other-vocabulary", vocab_size=VOCAB + 8)
-    write_draft(root / "eagle3")
-    tensors = load_file(root / "eagle3/model.safetensors")
-    save_file({**tensors, "d2t": torch.zeros(3)}, root / "eagle3/model.safetensors")
+    write_draft(root / "mixed")
+    tensors = load_file(root / "mixed/model.safetensors")
+    save_file({**tensors, "d2t": torch.zeros(3)}, root / "mixed/model.safetensors")
+    write_eagle3(root / "eagle3", context=640)
     for folder in ("target", "draft"):
         shutil.copytree(root / folder, root / f"truncated-{folder}")
         file = root / f"truncated-{folder}/model.safetensors"
@@ -107,7 +108,11 @@ BAD = {
     "truncated draft": (DRAFTED + "truncated-draft", "truncated-draft/model.safetensors"),
     "draft of another width": (DRAFTED + "wide", "hidden_size is 48, the target's is 32"),
     "draft of another vocabulary": (DRAFTED + "other-vocabulary", "vocab_size is 272"),
-    "EAGLE-3 draft": (DRAFTED + "eagle3", "'d2t' belongs to an EAGLE-3 draft"),
+    "EAGLE-3 draft": (DRAFTED + "eagle3", "belongs to an EAGLE-3 draft"),
+    "EAGLE-3 key": (DRAFTED + "mixed", "'d2t' belongs to an EAGLE-3 draft"),
+    "EAGLE-1 draft": (DRAFTED + "draft --method eagle3", "keys are EAGLE-1"),
+    "EAGLE-3, half": (DRAFTED + "mixed --method eagle3", "'d2t' is torch.float32"),
+    "method": (DRAFTED + "draft --method medusa", "method='medusa'"),
     "no draft there": (DRAFTED + "nothing", "no config.json"),
     "negative temperature": (GENERATE + " -p a --temperature -1", "temperature=-1"),
     "top-p": (GENERATE + " -p a --top-p 2", "top_p=2"),
@@ -214,6 +219,19 @@ def test_generate_streams_what_the_batch_says(aquiline: Command, root: Path) -> 
     assert streamed.out == json.loads(record.out)["text"] + "\n"
     assert aquiline(*args, "--tree", "[[0],[1],[0,0]]").out == streamed.out
     assert aquiline(*args, "--no-speculate").out == streamed.out
+
+
+def test_generate_with_eagle3_says_the_same(aquiline: Command, root: Path) -> None:
+    args = [
+        "generate", root / "target", "-p", "abc", "--dtype", "float32", "--max-tokens", 10,
+        "--temperature", 0, "--ignore-eos",
+    ]  # fmt: skip
+    fast = aquiline(*args, "--draft", root / "eagle3", "--method", "eagle3", "--json")
+    assert fast.code == 0, fast.err
+    record = json.loads(fast.out)
+    assert record["speculation"]["drafted"] > 0
+    plain = aquiline(*args, "--no-speculate", "--json")
+    assert record["token_ids"] == json.loads(plain.out)["token_ids"]
 
 
 def test_generate_stop_and_raw_prompt(aquiline: Command, root: Path) -> None:

@@ -22,7 +22,8 @@ WRONG_TYPES = [
     ("stop_token_ids", (-1,)), ("stop_token_ids", (1.5,)), ("stop_token_ids", ("a",)),
 ]  # fmt: skip
 BAD_SPECULATION = [
-    ("method", "medusa"), ("verification", "typical"), ("num_speculative_tokens", 0),
+    ("method", "medusa"), ("method", "eagle2"), ("method", 3),
+    ("verification", "typical"), ("num_speculative_tokens", 0),
     ("num_speculative_tokens", 65), ("num_speculative_tokens", -3), ("tree", 5),
     ("tree", [["a"]]), ("tree", [0, 1]),
 ]  # fmt: skip
@@ -64,6 +65,8 @@ def test_good_values_are_kept() -> None:
     assert (params.max_tokens, params.top_k, params.seed) == (None, 5, MAX_SEED)
     speculation = SpeculationParams.from_config({"tree": [[0], [1], [0, 0]]})
     assert speculation.tree == ((0,), (1,), (0, 0))
+    assert SpeculationParams().method == "eagle"
+    assert SpeculationParams.from_config({"method": "eagle3"}).method == "eagle3"
     assert SpeculationParams(num_speculative_tokens=64).num_speculative_tokens == 64
     with pytest.raises(AttributeError):
         params.seed = 1  # type: ignore[misc]
