@@ -300,5 +300,5 @@ def test_other_data_in_an_old_run_folder_is_refused(
 def test_help_names_every_command(aquiline: Command) -> None:
     result = aquiline("--help")
     assert result.code == 0
-    for command in ("generate", "chat", "demo", "data", "train", "evaluate"):
+    for command in ("generate", "chat", "demo", "data", "train", "evaluate", "tune"):
         assert command in result.out
