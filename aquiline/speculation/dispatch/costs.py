@@ -9,9 +9,10 @@ affine in the batch, so the axes of the grid are
 Points that a grid lacks are filled along one axis after the other (batch first: the growth by
 batch at a long context holds the price of its KV tokens). Then a running maximum along each axis
 takes out noise: a round is never cheaper than one with less of everything. Between points the
-table is multilinear, hence monotone along every axis. Below the grid the nearest point counts,
-never less. Beyond it a row and a KV token cost what they did in the last cell; a tree beyond the
-measured nodes or depth costs infinity: what was not measured is not chosen.
+table is multilinear, hence monotone along every axis. Below the grid the nearest point counts, so
+no cost falls under what was measured. Beyond it each line goes on as in its last cell, up to 64
+times the batch and the context. A tree beyond the measured nodes or depth costs infinity: what was
+not measured is not chosen.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from aquiline.core.errors import AquilineError
 
 Place = tuple[float, float, float, float]  # batch, context, nodes, depth
 BATCH, CONTEXT, NODES, DEPTH = range(4)
+FAR = 64  # times the largest measured batch and context: where extrapolation ends
 
 
 @dataclass(frozen=True)
@@ -59,45 +61,25 @@ class CostTable:
         self.points = tuple(points)
         places = [point.place for point in points]
         self._axes = [sorted({place[axis] for place in places}) for axis in range(4)]
+        for axis in (BATCH, CONTEXT):
+            self._axes[axis].append(FAR * self._axes[axis][-1])
         grid = {point.place: point.ms for point in points}
         for axis in range(4):
             _fill(grid, axis, self._axes[axis])
         for axis in range(4):
             _running_maximum(grid, axis, self._axes[axis])
         self._grid = grid
-        self._row_ms, self._kv_ms = self._margins()
 
     def round_ms(self, batch: int, nodes: int, depth: int, kv_tokens: float) -> float:
         """Milliseconds of a round; monotone in nodes, depth, and KV tokens at a given batch."""
-        place = (batch, kv_tokens / batch, nodes, depth)
         if nodes > self._axes[NODES][-1] or depth > self._axes[DEPTH][-1]:
             return math.inf
-        most_rows, most_context = self._axes[BATCH][-1], self._axes[CONTEXT][-1]
-        inside = min(batch, most_rows) * min(place[CONTEXT], most_context)
-        rows, tokens = max(batch - most_rows, 0), kv_tokens - inside
-        return self._between(place) + rows * self._row_ms + tokens * self._kv_ms
-
-    def _between(self, place: Place) -> float:
-        """Multilinear, the place clamped to the grid."""
+        place = (batch, kv_tokens / batch, nodes, depth)
         ends = [_cell(axis, x) for axis, x in zip(self._axes, place, strict=True)]
         total = 0.0
         for (b, wb), (c, wc), (n, wn), (d, wd) in itertools.product(*ends):
             total += wb * wc * wn * wd * self._grid[b, c, n, d]
         return total
-
-    def _margins(self) -> tuple[float, float]:
-        """ms a row (its KV aside) and ms a KV token in the last cell, for the largest tree."""
-        nodes, depth = self._axes[NODES][-1], self._axes[DEPTH][-1]
-        contexts, batches = self._axes[CONTEXT], self._axes[BATCH]
-        row_ms = kv_ms = 0.0
-        if len(contexts) > 1:
-            less, more = (self._grid[batches[-1], c, nodes, depth] for c in contexts[-2:])
-            kv_ms = (more - less) / (contexts[-1] - contexts[-2]) / batches[-1]
-        if len(batches) > 1:
-            less, more = (self._grid[b, contexts[0], nodes, depth] for b in batches[-2:])
-            row_ms = (more - less) / (batches[-1] - batches[-2]) - contexts[0] * kv_ms
-        row_ms = max(row_ms, 0.0)
-        return row_ms, kv_ms
 
 
 def _cell(axis: Sequence[float], x: float) -> tuple[tuple[float, float], tuple[float, float]]:
