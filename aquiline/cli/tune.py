@@ -56,6 +56,12 @@ def tune(
     """Measure which paths the target accepts and what rounds cost; write the dispatch table."""
     chosen_rules = _rules(rules)
     batch_sizes, lengths = _counts("--batches", batches), _counts("--contexts", contexts)
+    if repeats < 1:
+        raise AquilineError(f"--repeats {repeats}: give at least 1")
+    if max_tokens < 2:
+        raise AquilineError(f"--max-tokens {max_tokens}: give at least 2; the prefill draws one")
+    if not out.parent.is_dir():
+        raise AquilineError(f"--out {out}: its folder does not exist; make it first")
     texts = _texts(prompts, prompts_file)
     console = Console(stderr=json_output, highlight=False)
     trees = [measurement_tree(rule, t) for rule in chosen_rules for t in TEMPERATURES]

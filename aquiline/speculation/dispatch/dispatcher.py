@@ -45,10 +45,13 @@ class TreeChooser(Protocol):
 
 
 def tree_pool(paths: PathTable, rule: VerificationRule) -> tuple[TreeShape, ...]:
-    """Plain decoding and the best trees of ``POOL_SIZES``, each once."""
+    """Plain decoding, the chain of 3, and the best trees of ``POOL_SIZES``, each once.
+
+    The chain of 3 is what others run: with it among the candidates the choice is never behind it.
+    """
     mean = paths.mean(rule)
     trees = (best_tree(mean, nodes, depth) for nodes, depth in POOL_SIZES)
-    return tuple(dict.fromkeys((PLAIN, *trees)))
+    return tuple(dict.fromkeys((PLAIN, TreeShape.chain(3), *trees)))
 
 
 class Dispatcher:
