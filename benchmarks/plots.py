@@ -26,16 +26,19 @@ def plot_rounds(result: Mapping[str, Any], out: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows: Sequence[Row] = result["rows"]
-    loads = sorted({(row["context"], row["batch"]) for row in rows})
-    drafts = list(dict.fromkeys(row["draft"] for row in rows))
-    width = 0.8 / len(drafts)
+    loads = list(dict.fromkeys((row["context"], row["batch"]) for row in rows))
+    at_load = {load: [r for r in rows if (r["context"], r["batch"]) == load] for load in loads}
+    width = 0.8 / max(map(len, at_load.values()))
+
+    def place(row: Row) -> float:
+        """The bars of a load stand side by side around its tick."""
+        load = row["context"], row["batch"]
+        return loads.index(load) + (at_load[load].index(row) - (len(at_load[load]) - 1) / 2) * width
+
     figure, axes = plt.subplots(figsize=(max(6.0, 0.45 * len(rows) + 2), 4.5), layout="constrained")
-    for number, draft in enumerate(drafts):
+    for number, draft in enumerate(dict.fromkeys(row["draft"] for row in rows)):
         ours = [row for row in rows if row["draft"] == draft]
-        places = [
-            loads.index((row["context"], row["batch"])) + (number - (len(drafts) - 1) / 2) * width
-            for row in ours
-        ]
+        places = [place(row) for row in ours]
         axes.bar(places, [row["round_ms"] for row in ours], 0.9 * width, label=draft)
         limits = [row["limit_ms"] for row in ours]
         axes.hlines(

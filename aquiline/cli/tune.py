@@ -63,7 +63,7 @@ def tune(
     if not out.parent.is_dir():
         raise AquilineError(f"--out {out}: its folder does not exist; make it first")
     texts = _texts(prompts, prompts_file)
-    console = Console(stderr=json_output, highlight=False)
+    console = Console(stderr=json_output, highlight=False, soft_wrap=True)
     trees = [measurement_tree(rule, t) for rule in chosen_rules for t in TEMPERATURES]
     speculation = SpeculationParams(model=draft, tree=max(trees, key=lambda tree: tree.size).paths)
     loaded = load(EngineConfig(model, dtype, speculation=speculation))  # type: ignore[arg-type]

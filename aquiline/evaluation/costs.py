@@ -34,7 +34,8 @@ def pages_of(tree: TreeShape, batch: int, context: int, page_size: int = PAGE_SI
 def available_bytes(device: torch.device) -> int:
     """Memory that a cache may take: what is free on the device now."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + kept
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -372,6 +372,7 @@ def test_a_table_survives_its_file(table, tmp_path):
         (["costs", 1, "ms"], math.nan, r"costs\[1\]\.ms"),
         (["costs"], [{"batch": 1, "nodes": 2, "depth": 1, "kv_tokens": 9, "ms": 1.0}], "plain"),
         (["trees"], 0, "trees"),
+        (["trees", 0], [[0], [0, 0], [1]], r"trees\[0\].*among the costs"),
         (["trees", 0], [[1]], r"trees\[0\].*needs \[0\]"),
         (["trees", 0], [["a"]], r"trees\[0\]"),
     ],

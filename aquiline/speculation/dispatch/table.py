@@ -98,6 +98,10 @@ class DispatchTable:
         plain = any((point.nodes, point.depth) == (1, 0) for point in costs)
         reader.require(plain, "costs", "a list that holds plain decoding (nodes 1, depth 0)")
         trees = tuple(reader.each(data, "trees", reader.tree))
+        timed = {(point.nodes, point.depth) for point in costs}
+        for index, tree in enumerate(trees):
+            ok = (tree.size, tree.depth) in timed
+            reader.require(ok, f"trees[{index}]", "one whose nodes and depth are among the costs")
         return cls(origin, paths, CostTable(costs), trees)
 
 
