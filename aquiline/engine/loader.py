@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from aquiline.core.errors import AquilineError
-from aquiline.core.params import SpeculationParams
+from aquiline.core.params import AUTO_TREE, SpeculationParams
 from aquiline.decoding.models import DecoderModels, Drafter
 from aquiline.engine.config import DTYPES, EngineConfig
 from aquiline.kernels.cpu import native_bf16
@@ -58,6 +58,11 @@ def tree_of(speculation: SpeculationParams | None) -> TreeShape:
     """The tree that the parameters ask for; a root alone without speculation."""
     if speculation is None:
         return TreeShape.chain(0)
+    if speculation.tree == AUTO_TREE:
+        raise AquilineError(
+            "tree='auto': this engine runs one tree and cannot switch yet; give 'chain-3' or "
+            "another tree"
+        )
     if isinstance(speculation.tree, str):
         return TreeShape.named(speculation.tree)
     if speculation.tree is not None:

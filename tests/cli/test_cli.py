@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aquiline.cli.main import main
+from aquiline.speculation.dispatch.paths import BANDS
+from aquiline.speculation.dispatch.table import DispatchTable
 from tests.tiny_checkpoint import VOCAB, write_draft, write_eagle3, write_target
 
 
@@ -98,6 +100,10 @@ TRAIN = (
     "train --target {root}/target --data {root}/data.jsonl --out {out} --dtype float32 "
     "--set holdout=4 --set device=cpu"
 )
+TUNE = (
+    "tune {root}/target --draft {root}/draft --prompts-file {root}/prompts.txt --dtype float32 "
+    "--max-tokens 3 --batches 1 --contexts 20 --repeats 1 --out {out}"
+)
 DRAFTED = GENERATE + " -p a --draft {root}/"
 # command, what the line must name
 BAD = {
@@ -137,6 +143,7 @@ BAD = {
     "tree without a parent": (DRAFTED + "draft --tree [[0],[1,0]]", "tree: path [1, 0]"),
     "tree of strings": (DRAFTED + 'draft --tree [["x"]]', "tree="),
     "unknown tree": (DRAFTED + "draft --tree oak", "tree='oak'"),
+    "automatic tree": (DRAFTED + "draft --tree auto", "tree='auto': this engine runs one tree"),
     "endless chain": (DRAFTED + "draft --tree chain-500", "tree="),
     "malformed line": (
         "train --target {root}/target --data {root}/bad.jsonl --out {out}", "bad.jsonl:31: "
@@ -157,6 +164,14 @@ BAD = {
     "not a recipe": ("train --recipe {root}/broken.py --out {out}", "broken.py"),
     "chat": ("chat nowhere", "model 'nowhere'"),
     "demo": ("demo {root}/target --draft {root}/wide", "hidden_size is 48"),
+    "tune, no draft": ("tune {root}/target --prompts-file {root}/prompts.txt --out {out}", "draft"),
+    "tune, batches": (TUNE + " --batches 1,0", "--batches 1,0"),
+    "tune, contexts": (TUNE + " --contexts many", "--contexts many"),
+    "tune, rules": (TUNE + " --rules typical", "--rules typical"),
+    "tune, repeats": (TUNE + " --repeats 0", "--repeats 0"),
+    "tune, no round": (TUNE + " --max-tokens 1", "--max-tokens 1"),
+    "tune, long text": (TUNE + " --max-tokens 640", "--max-tokens 640"),
+    "tune, nowhere to write": (TUNE + "/no/table.json", "/no/table.json"),
     "data": ("data --out {out}/d.jsonl --source {root}/no.jsonl", "no.jsonl"),
 }  # fmt: skip
 
@@ -299,6 +314,32 @@ def test_train_writes_a_draft_that_generate_loads(
     assert "learning_rate" in other.err
 
 
+def test_tune_writes_a_table_that_a_dispatcher_is_made_of(
+    aquiline: Command, root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "table.json"
+    result = aquiline(
+        "tune", root / "target", "--draft", root / "draft", "--prompts-file", root / "prompts.txt",
+        "--dtype", "float32", "--max-tokens", 12, "--batches", "1,3", "--contexts", "20,9999",
+        "--repeats", 3, "--rules", "multi-round,coupled", "--out", out, "--json",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    table = DispatchTable.load(out)
+    measured = {(one.rule, one.band) for one in table.paths.measured}
+    assert measured == {(r, b) for r in ("coupled", "multi-round") for b in BANDS}
+    assert all(one.rounds > 0 for one in table.paths.measured)
+    loads = {(point.batch, point.kv_tokens) for point in table.costs.points}
+    assert loads == {(1, 20), (1, 640), (3, 60), (3, 1920)}  # the model's context is 640
+    assert len(table.costs.points) == 4 * len(table.trees)
+    dispatcher = table.dispatcher()
+    assert dispatcher.candidates == table.trees
+    assert 0 <= dispatcher.choose(2, 500, "low") < len(table.trees)
+    summary = json.loads(result.out)
+    assert summary["trees"] == len(table.trees)
+    assert len(summary["picks"]) == 4 * 3
+    assert all(pick["gain"] >= 1 for pick in summary["picks"])
+
+
 def test_other_data_in_an_old_run_folder_is_refused(
     aquiline: Command, root: Path, tmp_path: Path
 ) -> None:
@@ -318,5 +359,5 @@ def test_other_data_in_an_old_run_folder_is_refused(
 def test_help_names_every_command(aquiline: Command) -> None:
     result = aquiline("--help")
     assert result.code == 0
-    for command in ("generate", "chat", "demo", "data", "train", "evaluate"):
+    for command in ("generate", "chat", "demo", "data", "train", "evaluate", "tune"):
         assert command in result.out

@@ -25,7 +25,7 @@ BAD_SPECULATION = [
     ("method", "medusa"), ("method", "eagle2"), ("method", 3),
     ("verification", "typical"), ("num_speculative_tokens", 0),
     ("num_speculative_tokens", 65), ("num_speculative_tokens", -3), ("tree", 5),
-    ("tree", [["a"]]), ("tree", [0, 1]),
+    ("tree", [["a"]]), ("tree", [0, 1]), ("dispatch_table", 3), ("dispatch_table", ""),
 ]  # fmt: skip
 
 
@@ -48,6 +48,17 @@ def test_bad_speculation_field_is_refused_by_name(field: str, value: Any) -> Non
 def test_chain_and_tree_together_are_refused() -> None:
     with pytest.raises(AquilineError, match="not both"):
         SpeculationParams(num_speculative_tokens=3, tree="eagle-25")
+
+
+def test_a_dispatch_table_goes_with_the_automatic_tree_alone() -> None:
+    for tree in (None, "chain-3", [[0]]):
+        with pytest.raises(AquilineError, match=r"^dispatch_table=.*tree='auto'"):
+            SpeculationParams.from_config({"tree": tree, "dispatch_table": "table.json"})
+    with pytest.raises(AquilineError, match="not both"):
+        SpeculationParams(num_speculative_tokens=3, tree="auto")
+    params = SpeculationParams.from_config({"tree": "auto", "dispatch_table": "table.json"})
+    assert (params.tree, params.dispatch_table) == ("auto", "table.json")
+    assert SpeculationParams(tree="auto").dispatch_table is None
 
 
 def test_unknown_key_is_refused_by_name() -> None:
