@@ -20,6 +20,7 @@ from aquiline.decoding.round import decode_round
 from aquiline.decoding.state import DecodeState
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.verification.rules import RULES
 
 PAGE_SIZE = 128
 WARM_UP, LEAST_REPEATS = 2, 3
@@ -65,7 +66,7 @@ def measure_round_ms(
     state = _synthetic_state(models, tree, batch, context)
 
     def one_round() -> None:
-        decode_round(models, planes, tables, rule, page_table, state, sampling)
+        decode_round(models, planes, tables, RULES[rule], page_table, state, sampling)
 
     for _ in range(WARM_UP):
         one_round()
@@ -82,11 +83,11 @@ def _synthetic_state(
     models: DecoderModels, tree: TreeShape, batch: int, context: int
 ) -> DecodeState:
     """Random roots and pending pairs, ``context`` committed tokens a row."""
-    device, config = models.device, models.target.config
+    device, vocab = models.device, models.target.config.vocab_size
     generator = torch.Generator().manual_seed(0)
     pending = tree.depth + 1
-    tokens = torch.randint(config.vocab_size, (batch, pending), generator=generator)
-    features = torch.randn(batch, pending, config.hidden_size, generator=generator)
+    tokens = torch.randint(vocab, (batch, pending), generator=generator)
+    features = torch.randn(batch, pending, models.feature_size, generator=generator)
     counts = torch.full((batch,), min(pending, TYPICAL_TOKENS), device=device)
     return DecodeState(
         lengths=torch.full((batch,), context, device=device),

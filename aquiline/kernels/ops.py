@@ -28,7 +28,7 @@ if torch.cuda.is_available():  # a CPU needs no Triton
 __all__ = [
     "Norm", "Normed", "PackedWeight", "Stream", "gated_linear", "gumbel_noise", "linear", "move_kv",
     "pack_weight", "philox", "plan_attention", "residual_linear",
-    "rms_norm", "rotary", "rotary_write", "silu_mul",
+    "rms_norm", "rotary", "rotary_write", "silu_mul", "slots_at",
     "tree_attention", "uniform_noise",
 ]  # fmt: skip
 
@@ -156,6 +156,13 @@ def rotary_write(
     if _fast(heads):
         return elementwise.rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
     return reference.rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
+
+
+def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """Slots [B, T] of positions [B, T] through page_table [B, M]."""
+    if positions.is_cuda:
+        return elementwise.slots_at(page_table, positions, page_size)
+    return reference.slots_at(page_table, positions, page_size)
 
 
 def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:
