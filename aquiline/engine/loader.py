@@ -92,8 +92,8 @@ def load(config: EngineConfig) -> LoadedModel:
             f"max_model_len={max_model_len}: the model's context is {context}; give at most that"
         )
     chooser = chooser_of(config.speculation)
-    # One round's tree, and on CUDA what the round in flight may still commit.
-    room = max(tree.size for tree in chooser.candidates) * (2 if device.type == "cuda" else 1)
+    # One round's tree, and what a round in flight may still commit.
+    room = 2 * max(tree.size for tree in chooser.candidates)
     config.pages(max_model_len, room)  # refuse a cache that is too small before loading
     positions = max_model_len + room
     target = load_llama(checkpoint, dtype, device, positions)
