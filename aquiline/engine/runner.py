@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aquiline.decoding.graph import RoundGraph
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.prefill import prefill
 from aquiline.decoding.rows import DeviceRows, advance
-from aquiline.engine.graphs import RoundGraph, bucket_of
 from aquiline.engine.scheduler import Batch, StepTokens
 from aquiline.engine.sequence import Sequence
 from aquiline.sampling.batch import SamplingBatch
+from aquiline.speculation.dispatch.dispatcher import BATCH_BUCKETS
 from aquiline.speculation.tree import TreeShape, TreeTables
 from aquiline.speculation.verification.rules import RuleFactory
 
@@ -210,6 +211,11 @@ class Runner:
     def _tensor(self, values: object) -> Tensor:
         host = torch.tensor(values, dtype=torch.int64, pin_memory=self.cuda)
         return host.to(self.models.device, non_blocking=True)
+
+
+def bucket_of(count: int, largest: int) -> int:
+    """The batch size that serves ``count`` rows; ``largest`` is the engine's own limit."""
+    return next((size for size in BATCH_BUCKETS if count <= size < largest), largest)
 
 
 def _padded(lists: list[list[int]]) -> list[list[int]]:

@@ -1,7 +1,7 @@
 """RoundGraph: a decoding round of one batch size and one tree as one CUDA graph.
 
 Lengths, positions, pages, parameters and seeds are device tensors, so a replay needs nothing from
-the host but which rows take part. Graphs share one memory pool: only one runs at a time.
+the host but which rows take part.
 """
 
 from __future__ import annotations
@@ -12,18 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aquiline.speculation.dispatch.dispatcher import BATCH_BUCKETS
-
-
-def bucket_of(count: int, largest: int) -> int:
-    """The batch size that serves ``count`` rows; ``largest`` is the engine's own limit."""
-    return next((size for size in BATCH_BUCKETS if count <= size < largest), largest)
-
 
 class RoundGraph:
     """``round_`` maps rows [B] to what it emitted [B, ...]; captured on padding rows.
 
-    ``pool`` is the memory that all graphs of a runner share.
+    ``pool`` is memory that graphs share which never run at the same time.
 
     Attributes:
         emitted: overwritten by every replay.
@@ -37,7 +30,7 @@ class RoundGraph:
         batch: int,
         padding: int,
         device: torch.device,
-        pool: Any,
+        pool: Any = None,
     ) -> None:
         self.rows = torch.full((batch,), padding, dtype=torch.int64, device=device)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
