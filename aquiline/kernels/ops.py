@@ -185,7 +185,12 @@ def multi_round_accept(
         draft_columns: [V] int64 draft index of each target token, -1 if it has none; None: itself.
         accept_key, residual_key: noise at positions [B, D + 1]; uniforms and Gumbel noise.
     """
-    return reference_sampling.multi_round_accept(
+    accept = reference_sampling.multi_round_accept
+    if _on_triton(target_logits):
+        from aquiline.kernels.triton import multi_round
+
+        accept = multi_round.multi_round_accept
+    return accept(
         target_logits, target_floor, draft_logits, draft_floor, tokens, temperature, children,
         draft_rows, draft_columns, accept_key, residual_key,
     )  # fmt: skip

@@ -21,6 +21,7 @@ if not triton.knobs.runtime.interpret:
 
 import triton.language as tl  # noqa: E402
 
+from aquiline.kernels.triton import multi_round as kernels_multi_round  # noqa: E402
 from aquiline.kernels.triton import sampling as kernels  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::RuntimeWarning")
@@ -233,3 +234,72 @@ def test_the_law_of_the_draw():
     drawn = kernels.draw_top(spread, floor, columns_[0], key, None, None, 1)
     counts = torch.bincount(drawn.flatten(), minlength=vocab)
     assert chi_square(counts, rows * target_distribution(logits, params)) > 1e-4
+
+
+# ----------------------------------------------------------------------------------- multi-round
+
+CHILDREN = {  # of each node
+    "root": [[]],
+    "chain": [[1], [2], []],
+    "siblings": [[1, 2, 3, 4], [], [], [], []],
+    "bushy": [[1, 2, 3], [4, 5], [6], [], [7], [], [], []],
+}
+
+
+def multi_round_case(tree: str, vocab: int, token_ids, filters, rows: int, seed: int):
+    """Arguments of multi_round_accept with children drawn as the rule draws them, by chance."""
+    children = CHILDREN[tree]
+    width = max(1, *map(len, children))
+    expanded = [node for node, nodes in enumerate(children) if nodes]
+    params = columns(*(filters[row % len(filters)] for row in range(rows)))
+    target = random_logits(rows, len(children), vocab, seed=seed)
+    draft = random_logits(rows, len(expanded), vocab, seed=seed + 1)
+    draft += target[:, expanded]
+    if token_ids is not None:
+        draft = draft[..., token_ids].contiguous()
+    floor = reference.score_floor(draft, *params)
+    tokens = torch.zeros(rows, len(children), dtype=torch.int64)
+    propose = torch.arange(rows) + seed, torch.arange(rows), torch.arange(rows)[:, None] + 9
+    for place, node in enumerate(expanded):
+        key = ops.NoiseKey(*propose, ops.Stream.PROPOSE, vocab)
+        count = len(children[node])
+        row, low = draft[:, place : place + 1], floor[:, place : place + 1]
+        ids = reference.draw_top(row, low, params[0], key, None, token_ids, count)[:, 0]
+        tokens[:, children[node]] = ids if token_ids is None else token_ids[ids]
+    table = torch.tensor([[*nodes, *[-1] * (width - len(nodes))] for nodes in children])
+    index = torch.tensor([expanded.index(n) if n in expanded else 0 for n in range(len(children))])
+    places = None
+    if token_ids is not None:
+        places = torch.full((vocab,), -1)
+        places[token_ids] = torch.arange(len(token_ids))
+    positions = torch.arange(rows)[:, None] * 10 + torch.arange(5)
+    seeds = torch.arange(rows) + 2**40 + seed
+    keys = [ops.NoiseKey(seeds, torch.arange(rows), positions, stream, vocab)
+            for stream in (ops.Stream.ACCEPT, ops.Stream.RESIDUAL)]  # fmt: skip
+    return (target, reference.score_floor(target, *params), draft, floor, tokens, params[0], table,
+            index, places, *keys)  # fmt: skip
+
+
+@pytest.mark.parametrize("reduced", [False, True], ids=["whole", "reduced"])
+@pytest.mark.parametrize("tree", CHILDREN)
+def test_the_walk_is_the_twins(tree, reduced):
+    vocab = 20 if tree in ("chain", "bushy") else 70
+    token_ids = torch.arange(1, vocab, 2) if reduced else None
+    filters = [(1.0, 0, 1.0, 0.0), (0.0, 0, 1.0, 0.0), (0.8, 3, 1.0, 0.0), (1.4, 9, 0.9, 0.02)]
+    args = multi_round_case(tree, vocab, token_ids, filters, rows=24, seed=len(tree))
+    leaf, bonus = kernels_multi_round.multi_round_accept(*args)
+    exact_leaf, exact_bonus = reference.multi_round_accept(*args)
+    assert torch.equal(leaf, exact_leaf)
+    assert torch.equal(bonus, exact_bonus)
+    assert tree == "root" or len(leaf.unique()) > 1, "all the same: nothing was tested"
+
+
+def test_the_walk_without_floors_over_several_blocks(monkeypatch):
+    monkeypatch.setattr(kernels, "ROW_BLOCK", 64)
+    args = list(multi_round_case("bushy", 150, None, [(1.0, 0, 1.0, 0.0)], rows=12, seed=4))
+    args[1] = args[3] = None
+    args[0], args[2] = args[0].bfloat16(), args[2].bfloat16()
+    leaf, bonus = kernels_multi_round.multi_round_accept(*args)
+    exact_leaf, exact_bonus = reference.multi_round_accept(*args)
+    assert torch.equal(leaf, exact_leaf)
+    assert torch.equal(bonus, exact_bonus)

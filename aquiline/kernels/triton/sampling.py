@@ -29,12 +29,12 @@ CHUNK = 2048  # tokens of a program that shares a row
 
 
 @triton.jit
-def _divisor(temperature):
+def divisor_of(temperature):
     return tl.where(temperature == 0, 1.0, tl.maximum(temperature, MIN_TEMPERATURE))
 
 
 @triton.jit
-def _scores(row, tokens, inside, divisor):
+def scores_of(row, tokens, inside, divisor):
     """fp32 scores of the tokens; the division rounds as torch's does."""
     logits = tl.load(row + tokens, mask=inside, other=NEGATIVE_INFINITY).to(tl.float32)
     return tl.div_rn(logits, divisor)
@@ -58,7 +58,7 @@ def _best_score(row, vocab, divisor, BLOCK: tl.constexpr):
     best = tl.full([BLOCK], NEGATIVE_INFINITY, tl.float32)
     for start in range(0, vocab, BLOCK):
         tokens = start + lanes
-        best = tl.maximum(best, _scores(row, tokens, tokens < vocab, divisor))
+        best = tl.maximum(best, scores_of(row, tokens, tokens < vocab, divisor))
     return tl.max(best, axis=0)
 
 
@@ -70,7 +70,7 @@ def _mass_from(row, vocab, divisor, best, floor, BLOCK: tl.constexpr):
     for start in range(0, vocab, BLOCK):
         tokens = start + lanes
         inside = tokens < vocab
-        scores = _scores(row, tokens, inside, divisor)
+        scores = scores_of(row, tokens, inside, divisor)
         mass += tl.where(inside & (scores >= floor), tl.exp(scores - best), 0.0)
     return tl.sum(mass, axis=0)
 
@@ -105,7 +105,7 @@ def _raise_bar(row, vocab, divisor, best, bar, limit, BY_MASS: tl.constexpr, BLO
         for start in range(0, vocab, BLOCK):
             tokens = start + lanes
             inside = tokens < vocab
-            scores = _scores(row, tokens, inside, divisor)
+            scores = scores_of(row, tokens, inside, divisor)
             keys = _key_of(scores)
             above1 = inside & (keys > bar1)
             above2 = inside & (keys > bar2)
@@ -151,7 +151,7 @@ def _score_floor_kernel(
     cut = (k > 0) & (k < vocab)
     lowest = tl.full([], NEGATIVE_INFINITY, tl.float32)
     if (heat > 0) & (cut | (p < 1) | (m > 0)):
-        divisor = _divisor(heat)
+        divisor = divisor_of(heat)
         best = _best_score(row, vocab, divisor, BLOCK)
         bar = tl.full([], KEY_OF_NEGATIVE_INFINITY - 1, tl.int64)
         if cut:
@@ -168,23 +168,24 @@ def _score_floor_kernel(
 def score_floor(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
 ) -> Tensor:
-    logits = _with_rows(logits)
+    logits = with_rows(logits)
     batch, nodes, vocab = logits.shape
     floor = torch.empty(batch, nodes, dtype=torch.float32, device=logits.device)
     _score_floor_kernel[(batch * nodes,)](
-        logits, logits.stride(0), logits.stride(1), temperature, top_k, top_p, min_p, floor,
-        nodes, vocab, _row_block(vocab), num_warps=16,
+        logits, logits.stride(0), logits.stride(1), temperature.contiguous(), top_k.contiguous(),
+        top_p.contiguous(), min_p.contiguous(), floor, nodes, vocab, row_block(vocab),
+        num_warps=16,
     )  # fmt: skip
     return floor
 
 
-def _with_rows(logits: Tensor) -> Tensor:
+def with_rows(logits: Tensor) -> Tensor:
     """Logits whose rows are contiguous."""
     return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
-def _row_block(vocab: int) -> int:
-    return min(ROW_BLOCK, triton.next_power_of_2(vocab))
+def row_block(vocab: int) -> int:
+    return min(ROW_BLOCK, int(triton.next_power_of_2(vocab)))
 
 
 # ------------------------------------------------------------------------------------- the noise
@@ -233,10 +234,10 @@ def _draw_chunk_kernel(
     inside = tokens < vocab
     row = logits + b.to(tl.int64) * stride_b + node.to(tl.int64) * stride_n
     if seeds is None:
-        perturbed = _scores(row, tokens, inside, 1.0)
+        perturbed = scores_of(row, tokens, inside, 1.0)
     else:
         heat = tl.load(temperature + b)
-        scores = _scores(row, tokens, inside, _divisor(heat))
+        scores = scores_of(row, tokens, inside, divisor_of(heat))
         perturbed = scores
         if heat > 0:
             seed = tl.load(seeds + b)
@@ -293,7 +294,7 @@ def draw_top(
     token_ids: Tensor | None,
     count: int,
 ) -> Tensor:
-    logits = _with_rows(logits)
+    logits = with_rows(logits)
     batch, nodes, vocab = logits.shape
     assert 1 <= count <= vocab
     chunk = max(min(CHUNK, triton.next_power_of_2(vocab)), 4)
@@ -302,11 +303,11 @@ def draw_top(
     values = torch.empty(rows, candidates, dtype=torch.float32, device=device)
     indices = torch.empty(rows, candidates, dtype=torch.int32, device=device)
     drawn = torch.empty(batch, nodes, count, dtype=torch.int64, device=device)
-    noise = _RawKey.of(key)
+    noise = RawKey.of(key)
     _draw_chunk_kernel[(rows, chunks)](
-        logits, logits.stride(0), logits.stride(1), floor, temperature, noise.seeds,
-        noise.choices, noise.positions, noise.stride, levels, token_ids, values, indices, nodes,
-        vocab, noise.stream, count, chunk, num_warps=4,
+        logits, logits.stride(0), logits.stride(1), None if floor is None else floor.contiguous(),
+        temperature.contiguous(), noise.seeds, noise.choices, noise.positions, noise.stride,
+        levels, token_ids, values, indices, nodes, vocab, noise.stream, count, chunk, num_warps=4,
     )  # fmt: skip
     _draw_merge_kernel[(rows,)](
         values, indices, drawn, candidates, count, triton.next_power_of_2(candidates), num_warps=4
@@ -314,7 +315,7 @@ def draw_top(
     return drawn
 
 
-class _RawKey(NamedTuple):
+class RawKey(NamedTuple):
     """A NoiseKey as kernel arguments."""
 
     seeds: Tensor | None
@@ -324,7 +325,7 @@ class _RawKey(NamedTuple):
     stream: int
 
     @classmethod
-    def of(cls, key: NoiseKey | None) -> _RawKey:
+    def of(cls, key: NoiseKey | None) -> RawKey:
         if key is None:
             return cls(None, None, None, 0, 0)
         positions = key.positions if key.positions.stride(-1) == 1 else key.positions.contiguous()
