@@ -223,7 +223,7 @@ def test_all_of_a_tiny_vocabulary():
 
 def test_the_law_of_the_draw():
     """One row per position, so each is a draw of its own."""
-    rows, vocab = 800, 16
+    rows, vocab = 500, 16
     logits = 0.75 * random_logits(vocab, seed=2)
     params = SamplingParams(temperature=0.9, top_p=0.9)
     columns_ = columns((params.temperature, 0, params.top_p, 0.0))
