@@ -1,6 +1,6 @@
 """CPU speed at batch 1, greedy, MT-Bench first turns: transformers, plain, speculative.
 
-    python benchmarks/cpu_speed.py --dtype bfloat16 --tree chain-3 --out benchmarks/results/X.json
+    python -m benchmarks.cpu_speed --dtype bfloat16 --tree chain-3 --out benchmarks/results/X.json
 
 All engines answer each prompt in turn, so that a drift of the machine hits all alike; the figures
 are medians over prompts of the ratio within a prompt. Only decoding counts: from the first token to
@@ -11,11 +11,7 @@ The limit printed first is the time to read the target's linear weights once, me
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +23,7 @@ from aquiline.cli.demo import timed
 from aquiline.cli.options import BUILT_IN, speculative_config
 from aquiline.evaluation.tasks import load_task
 from aquiline.layers.linear import ColumnParallelLinear, RowParallelLinear
+from benchmarks.common import stamp, write_result
 
 
 def weight_read_ms(llm: LLM, rows: int) -> float:
@@ -117,9 +114,6 @@ def main() -> None:
 
     asked = [row for row in rows if "transformers_ms" in row]
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     result = {
         "what": "cpu_speed", "dtype": options.dtype, "tree": options.tree,
         "prompts": len(rows), "tokens": options.tokens, "limit_ms_by_rows": limit,
@@ -131,23 +125,9 @@ def main() -> None:
         "transformers_ms": median(lambda r: r["transformers_ms"], asked),
         "tokens_per_call": median(lambda r: r["tokens_per_call"]),
         "identical": sum(bool(row["identical"]) for row in rows),
-        "processor": cpu_name(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "python": platform.python_version(), "commit": commit,
-        "date": datetime.date.today().isoformat(),
+        "threads": torch.get_num_threads(), **stamp(torch.device("cpu")),
     }  # fmt: skip
-    line = json.dumps(result)
-    if options.out:
-        with open(options.out, "w") as file:
-            file.write(line + "\n")
-    print(line)
-
-
-def cpu_name() -> str:
-    """The processor, with its native bf16 instructions if any."""
-    with open("/proc/cpuinfo") as file:
-        text = file.read()
-    name = next((r.split(":")[1].strip() for r in text.splitlines() if "model name" in r), "")
-    return " ".join([name, *(flag for flag in ("avx512_bf16", "amx_bf16") if flag in text)])
+    write_result(options.out, result)
 
 
 if __name__ == "__main__":

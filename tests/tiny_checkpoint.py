@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from aquiline.models.config import LlamaConfig
 from aquiline.models.draft import EagleDraft, draft_config
 from aquiline.models.draft_checkpoint import save_draft
+from aquiline.models.eagle3 import Eagle3Draft, Eagle3Head, random_eagle3
 from aquiline.models.llama import Llama, llama_views
 
 CHATML = (
@@ -116,4 +117,42 @@ def make_draft(layers: int = 1, copies: bool = True, **config: Any) -> EagleDraf
 def write_draft(folder: Path, layers: int = 1, copies: bool = True, **config: Any) -> Path:
     """A draft folder in the public layout, without the embedding."""
     save_draft(folder, make_draft(layers, copies, **config), None, None, torch.float32)
+    return folder
+
+
+TAPS = (0, 1, 2)  # of the tiny target's two layers: embedding, between, output
+
+
+@torch.no_grad()
+def make_eagle3(
+    layers: int = 1, draft_vocab: int = VOCAB, foresees: Path | None = None, **config: Any
+) -> tuple[Eagle3Draft, Eagle3Head]:
+    """A random EAGLE-3 draft, or one that foresees a clean target's text, one token deep.
+
+    The last tap of a clean target is the embedding of token i and ``head`` answers it with token
+    i + 2. Handed on unchanged it is a step behind, so the second level is always wrong.
+    """
+    target = Llama(tiny_config(**config), 1024).requires_grad_(False)
+    draft, head = random_eagle3(target, draft_vocab, layers, TAPS, seed=7)
+    for module in (draft, head):
+        for parameter in module.parameters():
+            parameter.mul_(15) if parameter.dim() > 1 else parameter.uniform_(0.5, 1.5)
+    if foresees is not None:
+        assert draft_vocab == VOCAB
+        size = draft.config.hidden_size
+        draft.fc.weight.copy_(torch.cat((torch.zeros(size, 2 * size), torch.eye(size)), dim=1))
+        for layer in (draft.midlayer, *draft.layers):
+            torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+            torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+        torch.nn.init.ones_(head.norm.weight)
+        torch.nn.init.zeros_(head.lm_head.weight)
+        embedding = load_file(foresees / "model.safetensors")["model.embed_tokens.weight"]
+        after = successors()
+        head.lm_head.weight[after[after[CYCLE]]] = 4.0 * embedding[CYCLE]
+    return draft, head
+
+
+def write_eagle3(folder: Path, **options: Any) -> Path:
+    """An EAGLE-3 folder in the public layout, without the embedding."""
+    save_draft(folder, *make_eagle3(**options), None, torch.float32)
     return folder

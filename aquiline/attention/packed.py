@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aquiline.attention.backend import Angles
+from aquiline.kernels import ops
+
 
 class PackedAttention:
     """The attention of one packed batch of B = 1 row."""
@@ -21,8 +24,11 @@ class PackedAttention:
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
         self.edges = cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else []
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [1,N,H,D], k, v [1,N,K,D] -> [1,N,H,D]; the layer does not matter here."""
+    def run(self, layer: int, heads: Tensor, kv_heads: int, angles: Angles) -> Tensor:
+        """See Attention; B is 1, and the layer does not matter here."""
+        kv = kv_heads
+        turned = ops.rotary(heads[:, :, :-kv], angles.cos, angles.signed_sin)
+        q, k, v = turned[:, :, :-kv], turned[:, :, -kv:], heads[:, :, -kv:]
         if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
             cu, longest = self.cu_seqlens, self.max_seqlen
             out: Tensor = torch.ops.aten._flash_attention_forward(

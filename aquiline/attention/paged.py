@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from aquiline.attention.backend import Angles
 from aquiline.kernels import ops
 from aquiline.kvcache.pool import KVPlane
 
@@ -45,10 +46,11 @@ class PagedAttention:
             plan.page_table, plane.page_size, plan.prefix_lengths, plan.suffix_rows, plan.mask
         )
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B,T,H,D], k, v [B,T,K,D] of this pass -> [B,T,H,D]; k and v enter the cache."""
+    def run(self, layer: int, heads: Tensor, kv_heads: int, angles: Angles) -> Tensor:
+        """See Attention; this pass's keys and values enter the cache."""
         plan, (k_cache, v_cache) = self.plan, self.plane.layer(layer)
-        ops.write_kv(k_cache, v_cache, self._slots, k, v)
+        assert kv_heads == k_cache.shape[1]
+        q = ops.rotary_write(heads, angles.cos, angles.signed_sin, k_cache, v_cache, self._slots)
         return ops.tree_attention(
             q, k_cache, v_cache, plan.page_table, self.plane.page_size, plan.prefix_lengths,
             plan.suffix_rows, plan.mask, self._prepared,

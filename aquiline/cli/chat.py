@@ -21,12 +21,13 @@ def chat(
     seed: options.Seed = None,
     speculate: options.Speculate = True,
     draft: options.Draft = None,
+    method: options.Method = "eagle",
     tree: options.Tree = None,
     verification: options.Verification = "coupled",
     dtype: options.Dtype = "auto",
 ) -> None:
     """Chat. An empty line or end of input leaves; /clear forgets the conversation."""
-    llm = options.open_llm(model, dtype, draft, tree, verification, speculate)
+    llm = options.open_llm(model, dtype, draft, tree, verification, speculate, method)
     given = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
         "max_tokens": max_tokens,

@@ -52,6 +52,7 @@ def demo(
     model: options.Model = options.BUILT_IN,
     max_tokens: options.MaxTokens = 128,
     draft: options.Draft = None,
+    method: options.Method = "eagle",
     tree: options.Tree = None,
     verification: options.Verification = "coupled",
     dtype: options.Dtype = "float32",
@@ -59,7 +60,7 @@ def demo(
     json_output: options.Json = False,
 ) -> None:
     """Answer eight prompts greedily, without and with speculation, and compare."""
-    config = options.speculative_config(model, draft, tree, verification)
+    config = options.speculative_config(model, draft, tree, verification, method)
     plain = LLM(model, dtype, None, max_num_seqs=1)  # type: ignore[arg-type]
     fast = LLM(model, dtype, config, max_num_seqs=1)  # type: ignore[arg-type]
     params = SamplingParams(temperature=0, max_tokens=max_tokens)

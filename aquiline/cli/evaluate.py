@@ -28,13 +28,14 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Requests decoded together.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Questions of each task; default all.")] = None,
     draft: options.Draft = None,
+    method: options.Method = "eagle",
     tree: options.Tree = None,
     verification: options.Verification = "coupled",
     dtype: options.Dtype = "auto",
     json_output: options.Json = False,
 ) -> None:
     """Tokens per call (TPC) and acceptance by depth on benchmark prompts."""
-    config = options.speculative_config(model, draft, tree, verification)
+    config = options.speculative_config(model, draft, tree, verification, method)
     llm = LLM(model, dtype, config, max_num_seqs=batch, kv_cache_tokens=batch * 4096)  # type: ignore[arg-type]
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     console = Console(stderr=json_output, highlight=False)

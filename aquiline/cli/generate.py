@@ -27,6 +27,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option(help="Go on after the end token.")] = False,
     speculate: options.Speculate = True,
     draft: options.Draft = None,
+    method: options.Method = "eagle",
     tree: options.Tree = None,
     verification: options.Verification = "coupled",
     dtype: options.Dtype = "auto",
@@ -34,7 +35,7 @@ def generate(
 ) -> None:
     """Generate text. One prompt streams; a file runs as one batch, answers in order."""
     prompts = options.read_prompts(prompt, file)
-    llm = options.open_llm(model, dtype, draft, tree, verification, speculate)
+    llm = options.open_llm(model, dtype, draft, tree, verification, speculate, method)
     given = {
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed,
         "max_tokens": max_tokens, "stop": tuple(stop or ()), "ignore_eos": ignore_eos,

@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from aquiline.cli import chat, data, demo, evaluate, generate, train
+from aquiline.cli import chat, data, demo, evaluate, generate, train, tune
 from aquiline.core.errors import AquilineError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("demo")(demo.demo)
 app.command("data")(data.data)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
+app.command("tune")(tune.tune)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ BUILT_IN = "smollm2-135m-instruct"
 Model = Annotated[str, typer.Argument(help="Built-in name, Hugging Face folder or GGUF file.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")]
 Draft = Annotated[str | None, typer.Option(help="Folder of a draft; default: the one shipped.")]
+Method = Annotated[str, typer.Option(help="The draft's wiring: eagle (EAGLE-1) or eagle3.")]
 Tree = Annotated[
     str | None, typer.Option(help="chain-N, a pool name, or paths as JSON; default: chain-3.")
 ]
@@ -31,12 +32,12 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def speculative_config(
-    model: str, draft: str | None, tree: str | None, verification: str
+    model: str, draft: str | None, tree: str | None, verification: str, method: str = "eagle"
 ) -> dict[str, Any] | None:
     """The mapping that LLM takes; None (plain) where there is no draft for the model."""
     if draft is None and shipped_draft(model) is None:
         return None
-    config: dict[str, Any] = {"method": "eagle", "model": draft, "verification": verification}
+    config: dict[str, Any] = {"method": method, "model": draft, "verification": verification}
     if tree is not None:
         try:
             config["tree"] = json.loads(tree) if tree.startswith("[") else tree
@@ -48,10 +49,18 @@ def speculative_config(
 
 
 def open_llm(
-    model: str, dtype: str, draft: str | None, tree: str | None, verification: str, speculate: bool
+    model: str,
+    dtype: str,
+    draft: str | None,
+    tree: str | None,
+    verification: str,
+    speculate: bool,
+    method: str,
 ) -> LLM:
     """An LLM from the shared options; without a draft to be had it decodes plainly."""
-    config = speculative_config(model, draft, tree, verification) if speculate else None
+    config = None
+    if speculate:
+        config = speculative_config(model, draft, tree, verification, method)
     return LLM(model, dtype, config)  # type: ignore[arg-type]
 
 

@@ -14,9 +14,11 @@ from typing import Any, Literal, get_args
 from aquiline.core.errors import AquilineError
 
 VerificationRule = Literal["coupled", "multi-round"]
+DraftMethod = Literal["eagle", "eagle3"]
 TreePath = tuple[int, ...]
 MAX_SEED = 2**63 - 1
 MAX_CHAIN = 64  # draft tokens of a chain
+AUTO_TREE = "auto"
 
 
 def _require(ok: bool, field: str, value: object, remedy: str) -> None:
@@ -101,21 +103,26 @@ class SpeculationParams:
     """How drafts are proposed and verified.
 
     Attributes:
-        method: ``"eagle"``; the wiring (EAGLE-1) is read from the draft's own keys.
+        method: ``"eagle"`` (EAGLE-1) or ``"eagle3"``; the draft's own keys must agree.
         num_speculative_tokens: length of a chain, the root not counted.
         model: folder of a draft; None takes the draft shipped for a built-in target.
-        tree: instead of a chain, paths of child ranks (``[[0], [1], [0, 0]]``) or a pool name.
+        tree: instead of a chain, paths of child ranks (``[[0], [1], [0, 0]]``) or a pool name, or
+            ``"auto"``: the dispatcher picks one for every round. It is a value of ``tree`` and not
+            a field beside it, since it answers the same question: no two answers can be given.
+        dispatch_table: file of ``aquiline tune`` for ``tree="auto"``; None is a rule by batch size.
         verification: ``"coupled"`` or ``"multi-round"``.
     """
 
-    method: Literal["eagle"] = "eagle"
+    method: DraftMethod = "eagle"
     num_speculative_tokens: int | None = None
     model: str | None = None
     tree: str | tuple[TreePath, ...] | None = None
     verification: VerificationRule = "coupled"
+    dispatch_table: str | None = None
 
     def __post_init__(self) -> None:
-        _require(self.method == "eagle", "method", self.method, "the supported method is 'eagle'")
+        methods = get_args(DraftMethod)
+        _require(self.method in methods, "method", self.method, f"one of {methods}")
         rules = get_args(VerificationRule)
         _require(self.verification in rules, "verification", self.verification, f"one of {rules}")
         length = self.num_speculative_tokens
@@ -127,6 +134,13 @@ class SpeculationParams:
             length is None or self.tree is None,
             "tree", self.tree, "give either num_speculative_tokens (a chain) or tree, not both",
         )  # fmt: skip
+        table = self.dispatch_table
+        ok = table is None or (isinstance(table, str) and bool(table))
+        _require(ok, "dispatch_table", table, "give the file that aquiline tune wrote")
+        ok = table is None or self.tree == AUTO_TREE
+        _require(
+            ok, "dispatch_table", table, "it goes with tree='auto'; give that, or leave it out"
+        )
         if self.tree is not None and not isinstance(self.tree, str):
             object.__setattr__(self, "tree", _tree_paths(self.tree))
 

@@ -9,20 +9,24 @@ from torch import Tensor
 
 from aquiline.kvcache.pool import KVPlane
 from aquiline.layers.linear import pack_linears
-from aquiline.models.draft import DraftHead, EagleDraft
-from aquiline.models.llama import Llama
+from aquiline.models.draft import Draft, Head
+from aquiline.models.llama import Llama, TargetOutput
 
 
 @dataclass(frozen=True)
 class Drafter:
-    """A draft bound to its target's head."""
+    """A draft and the head that joins it to the target's vocabulary."""
 
-    draft: EagleDraft
-    head: DraftHead
+    draft: Draft
+    head: Head
 
-    def logits(self, features: Tensor) -> Tensor:
-        """Draft features [..., d] -> draft logits [..., Vd]."""
-        out: Tensor = self.head(features)
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Target token ids [...] -> what the draft reads of them [..., d]."""
+        return self.head.embed(tokens)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Draft hidden states [..., d] -> draft logits [..., Vd]."""
+        out: Tensor = self.head(hidden)
         return out
 
 
@@ -48,6 +52,22 @@ class DecoderModels:
     @property
     def device(self) -> torch.device:
         return self.target.embed_tokens.weight.device
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The target's layers whose inputs the draft reads; () for none."""
+        return () if self.drafter is None else self.drafter.draft.taps
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features that pending pairs carry."""
+        if self.drafter is None:
+            return self.target.config.hidden_size
+        return self.drafter.draft.feature_size
+
+    def draft_features(self, output: TargetOutput) -> Tensor:
+        """What the draft reads of a target pass run with ``taps``: [..., feature_size]."""
+        return torch.cat(output.taps, dim=-1) if self.taps else output.features
 
     def pack(self) -> None:
         """Prepare every weight for inference on this device."""

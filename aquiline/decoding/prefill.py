@@ -41,17 +41,20 @@ def prefill(
         slots = torch.where(valid[:, :rows], slots, 0)
         return PagedAttention(plane, TreePlan(page_table, start, slots, rows))
 
-    features = models.target(tokens, positions, attention(planes.target, len(columns))).features
-    index = (counts - 1)[:, None, None].expand(-1, 1, features.shape[-1])
-    last = features.gather(1, index)
+    def at_end(x: Tensor) -> Tensor:
+        return x.gather(1, (counts - 1)[:, None, None].expand(-1, 1, x.shape[-1]))
+
+    target_attention = attention(planes.target, len(columns))
+    output = models.target(tokens, positions, target_attention, models.taps)
+    features = models.draft_features(output)
     noise = position_noise(sampling, counts[:, None], models.target.config.vocab_size)
-    first = draw(models.target.logits(last), sampling, noise)
+    first = draw(models.target.logits(at_end(output.features)), sampling, noise)
     drafter = models.drafter
     if drafter is not None and planes.draft is not None and len(columns) > 1:
         # Pair (t_{i+1}, h_i) for every i below the last; that one waits for the drawn token. A
         # shorter prompt's last row pairs with padding; the first round overwrites its slot.
         rows = len(columns) - 1
-        embeddings = models.target.embed_tokens(tokens[:, 1:])
-        drafter.draft(embeddings, features[:, :rows], positions[:, :rows],
+        hidden = drafter.draft.fuse(features[:, :rows])
+        drafter.draft(drafter.embed(tokens[:, 1:]), hidden, positions[:, :rows],
                       attention(planes.draft, rows))  # fmt: skip
-    return DecodeState(counts, first.squeeze(1), first, last, torch.ones_like(counts))
+    return DecodeState(counts, first.squeeze(1), first, at_end(features), torch.ones_like(counts))

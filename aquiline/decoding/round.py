@@ -62,7 +62,7 @@ def decode_round(
 
     tokens = state.roots[:, None]
     if drafter is not None and planes.draft is not None:
-        drafting = _Drafting(models, drafter, planes.draft, tree, rule, page_table, state)
+        drafting = _Drafting(drafter, planes.draft, tree, rule, page_table, state)
         tokens = grow(tree, state.roots, drafting.propose, drafter.head.to_target)
     features, logits = _verify(models, planes.target, tree, page_table, lengths, tokens)
     verdict = rule.accept(tokens, logits)
@@ -78,7 +78,7 @@ def _verify(
     lengths: Tensor,
     tokens: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The target over the whole tree: features [B, N, d] and raw logits [B, N, V]."""
+    """The target over the whole tree: what the draft reads of it, and raw logits [B, N, V]."""
     nodes = torch.arange(tree.shape.size, device=lengths.device)
     slots = slots_at(page_table, lengths[:, None] + nodes, plane.page_size)
     if tree.shape.size == 1:
@@ -86,8 +86,8 @@ def _verify(
     else:
         plan = TreePlan(page_table, lengths, slots, tree.shape.size, tree.ancestors)
     positions = lengths[:, None] + tree.depths
-    features = models.target(tokens, positions, PagedAttention(plane, plan)).features
-    return features, models.target.logits(features)
+    output = models.target(tokens, positions, PagedAttention(plane, plan), models.taps)
+    return models.draft_features(output), models.target.logits(output.features)
 
 
 def _commit_path(
@@ -104,7 +104,7 @@ def _commit_path(
     source = slots_at(page_table, start + verdict.path[:, 1:], plane.page_size)
     depths = torch.arange(1, tree.shape.depth + 1, device=lengths.device)
     target = slots_at(page_table, start + depths, plane.page_size)
-    plane.commit_path(source.flatten(), target.flatten())
+    plane.commit_path(source, target)
 
 
 def _next_state(lengths: Tensor, features: Tensor, verdict: Verdict) -> DecodeState:
@@ -125,7 +125,6 @@ class _Drafting:
 
     def __init__(
         self,
-        models: DecoderModels,
         drafter: Drafter,
         plane: KVPlane,
         tree: TreeTables,
@@ -133,7 +132,7 @@ class _Drafting:
         page_table: Tensor,
         state: DecodeState,
     ) -> None:
-        self.models, self.drafter, self.plane, self.tree = models, drafter, plane, tree
+        self.drafter, self.plane, self.tree = drafter, plane, tree
         self.rule, self.page_table, self.state = rule, page_table, state
         self._features = state.pending_features[:, :1]  # [B, E, d] of the last pass
 
@@ -147,7 +146,7 @@ class _Drafting:
         return self.rule.propose(self.drafter.logits(self._features), depth, count)
 
     def _run(self, tokens: Tensor, features: Tensor, positions: Tensor, plan: TreePlan) -> Tensor:
-        embeddings = self.models.target.embed_tokens(tokens)
+        embeddings = self.drafter.embed(tokens)
         attention = PagedAttention(self.plane, plan)
         hidden: Tensor = self.drafter.draft(embeddings, features, positions, attention)
         return hidden
@@ -171,7 +170,7 @@ class _Drafting:
         else:
             plan = TreePlan(self.page_table, start, torch.where(valid, slots, 0), width)
         tokens, features = state.pending_tokens[:, :width], state.pending_features[:, :width]
-        hidden = self._run(tokens, features, positions, plan)
+        hidden = self._run(tokens, self.drafter.draft.fuse(features), positions, plan)
         last = (counts - 1)[:, :, None].expand(-1, 1, hidden.shape[-1])
         return hidden.gather(1, last)
 

@@ -21,7 +21,7 @@ class DecodeState:
         lengths: [B] tokens committed in the target's KV.
         roots: [B] the newest token, not yet in the KV.
         pending_tokens: [B, P] tokens t_{i+1}; the first ``pending_counts`` [B] are valid.
-        pending_features: [B, P, d] the target's features h_i.
+        pending_features: [B, P, feature_size] the target's features h_i, not yet fused.
     """
 
     lengths: Tensor

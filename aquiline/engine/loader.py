@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 
 from aquiline.core.errors import AquilineError
-from aquiline.core.params import SpeculationParams
+from aquiline.core.params import AUTO_TREE, SpeculationParams
 from aquiline.decoding.models import DecoderModels, Drafter
 from aquiline.engine.config import DTYPES, EngineConfig
 from aquiline.kernels.cpu import native_bf16
 from aquiline.models.checkpoint import open_checkpoint
-from aquiline.models.draft import DraftHead
 from aquiline.models.draft_checkpoint import load_draft
 from aquiline.models.llama import Llama, load_llama
 from aquiline.models.registry import resolve, shipped_draft
@@ -59,6 +58,11 @@ def tree_of(speculation: SpeculationParams | None) -> TreeShape:
     """The tree that the parameters ask for; a root alone without speculation."""
     if speculation is None:
         return TreeShape.chain(0)
+    if speculation.tree == AUTO_TREE:
+        raise AquilineError(
+            "tree='auto': this engine runs one tree and cannot switch yet; give 'chain-3' or "
+            "another tree"
+        )
     if isinstance(speculation.tree, str):
         return TreeShape.named(speculation.tree)
     if speculation.tree is not None:
@@ -102,8 +106,8 @@ def _drafter(
             f"speculative_config: no draft is shipped for {target_name!r}; give its folder as "
             "'model'"
         )
-    loaded = load_draft(folder, target, positions)
-    return Drafter(loaded.draft, DraftHead(target, loaded.token_ids))
+    loaded = load_draft(folder, target, positions, speculation.method)
+    return Drafter(loaded.draft, loaded.head)
 
 
 def _sampling_defaults(generation_config: dict[str, object]) -> dict[str, object]:

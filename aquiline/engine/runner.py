@@ -44,7 +44,7 @@ class Runner:
     ) -> None:
         self.models, self.planes, self.rule = models, planes, rule
         self.tree = shape.tables(models.device)
-        width = models.target.config.hidden_size
+        width = models.feature_size
         self.state = DecodeState.empty(rows, shape.depth + 1, width, models.dtype, models.device)
         self._sampling: tuple[tuple[Sequence, ...], SamplingBatch] | None = None
 

@@ -43,8 +43,16 @@ def native_bf16() -> bool:
     return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
 
 
-def packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.blocked, bias, "none", [], "")
+def packed_linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, residual: Tensor | None = None
+) -> Tensor:
+    """x times weight, plus bias, plus residual, in one oneDNN call."""
+    multiply, packed = torch.ops.mkldnn._linear_pointwise, weight.blocked
+    out: Tensor = (
+        multiply(x, packed, bias, "none", [], "")
+        if residual is None
+        else multiply.binary(x, residual, packed, bias, "add")
+    )
     return out
 
 

@@ -1,8 +1,9 @@
 """The public operations of the engine: signatures, contracts, dispatch by device.
 
-Every operation has a plain-torch twin in ``reference.py`` that defines what it means; a faster one
-for the CPU lives in ``cpu.py``. Callers import from here only. No operation synchronises with the
-host except where its contract says that lengths are read on the host (CPU tensors only).
+Every operation has a plain-torch twin in ``reference.py`` that defines what it means; faster ones
+live in ``cpu.py`` and, for CUDA, in ``triton/``. Callers import from here only. No operation
+synchronises with the host except where its contract says that lengths are read on the host (CPU
+tensors only).
 
 Shapes: B requests, T query rows, S suffix rows, H query heads, K key/value heads, D head size,
 M page-table columns, V vocabulary. A slot is one token's place in the KV cache:
@@ -11,42 +12,160 @@ slot = page * page_size + offset.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from aquiline.kernels import cpu, reference, reference_sampling
 from aquiline.kernels.noise import NoiseKey, Stream, gumbel_noise, philox, uniform_noise
-from aquiline.kernels.reference import rotary, silu_mul
+from aquiline.kernels.reference import rotary
 from aquiline.kernels.reference_sampling import probabilities, scaled_scores
 
+if torch.cuda.is_available():  # a CPU needs no Triton
+    from aquiline.kernels.triton import attention, elementwise, multi_round, sampling
+    from aquiline.kernels.triton import linear as skinny
+
 __all__ = [
-    "NoiseKey", "PackedWeight", "Stream", "draw_top", "gumbel_noise", "linear", "move_kv",
-    "multi_round_accept", "pack_weight", "philox", "plan_attention", "probabilities", "rms_norm",
-    "rotary", "scaled_scores", "score_floor", "silu_mul", "tree_attention", "uniform_noise",
-    "write_kv",
+    "NoiseKey", "Norm", "Normed", "PackedWeight", "Stream", "draw_top", "gated_linear",
+    "gumbel_noise", "linear", "move_kv", "multi_round_accept", "pack_weight", "philox",
+    "plan_attention", "probabilities", "residual_linear", "rms_norm", "rotary", "rotary_write",
+    "scaled_scores", "score_floor", "silu_mul", "tree_attention", "uniform_noise",
 ]  # fmt: skip
 
+SKINNY_ROWS = 64  # rows of x up to which reading the weight is all the work
 PackedWeight = cpu.PackedWeight
 pack_weight = cpu.pack_weight
-write_kv = reference.write_kv
-move_kv = reference.move_kv
+
+
+class Norm(NamedTuple):
+    """An RMS norm: weight [d] and eps."""
+
+    weight: Tensor
+    eps: float
+
+
+class Normed(NamedTuple):
+    """A vector x [..., d] that is read through a norm, if there is one.
+
+    Where the kernel that wrote x prepared the norm, ``scaled`` is x * weight and ``squares`` [P, R]
+    are shares of the sum of x^2 of each row; a linear layer then divides its result by rms(x).
+    """
+
+    x: Tensor
+    norm: Norm | None
+    scaled: Tensor | None = None
+    squares: Tensor | None = None
+
+    def value(self) -> Tensor:
+        """norm(x)."""
+        return self.x if self.norm is None else rms_norm(self.x, *self.norm)
+
+
+def _fast(x: Tensor) -> bool:
+    """Whether the Triton kernels serve this tensor: on CUDA, in a dtype they take, not training."""
+    return x.is_cuda and not torch.is_grad_enabled() and x.dtype != torch.float64
+
+
+def _skinny(x: Tensor) -> bool:
+    """Whether x is for the skinny linear: few rows in half precision. In fp32 cuBLAS has IEEE
+    products that Triton's tensor-core kernel would have to emulate."""
+    return _fast(x) and x.dtype != torch.float32 and x.numel() // x.shape[-1] <= SKINNY_ROWS
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., d] / rms(x) * weight [d], the mean square taken in fp32 at least."""
+    if _fast(x):
+        return elementwise.rms_norm(x, weight, eps)
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         return cpu.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, packed: PackedWeight | None) -> Tensor:
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """gate_up [..., 2i] -> silu(gate) * up [..., i]."""
+    if _fast(gate_up):
+        return elementwise.silu_mul(gate_up)
+    return reference.silu_mul(gate_up)
+
+
+def linear(
+    x: Tensor | Normed,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    packed: PackedWeight | None = None,
+) -> Tensor:
     """x [..., in] times weight [out, in] transposed, plus bias [out]; [..., out].
 
     ``packed`` is what ``pack_weight(weight)`` returned, or None.
     """
+    source = x if isinstance(x, Normed) else Normed(x, None)
+    if _skinny(source.x):
+        return _skinny_linear(source, weight, bias)
+    value = source.value()
     if packed is not None:
-        return cpu.packed_linear(x, packed, bias)
-    return reference.linear(x, weight, bias)
+        return cpu.packed_linear(value, packed, bias)
+    return reference.linear(value, weight, bias)
+
+
+def gated_linear(x: Tensor | Normed, weight: Tensor, packed: PackedWeight | None = None) -> Tensor:
+    """silu(gate) * up [..., i] of [gate, up] = linear(x, weight [2i, in])."""
+    source = x if isinstance(x, Normed) else Normed(x, None)
+    if _skinny(source.x):
+        return _skinny_linear(source, weight, None, gated=True)
+    return silu_mul(linear(source, weight, None, packed))
+
+
+def residual_linear(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    norm: Norm | None,
+    packed: PackedWeight | None = None,
+) -> Normed:
+    """residual [..., out] + linear(x, weight), to be read through ``norm``."""
+    if _skinny(x):
+        scale = None if norm is None else norm.weight
+        out = skinny.skinny_linear(x, weight, residual=residual, next_weight=scale)
+        return Normed(out[0], norm, out[1], out[2])
+    if packed is not None:
+        return Normed(cpu.packed_linear(x, packed, None, residual), norm)
+    if x.is_cuda and not torch.is_grad_enabled():
+        flat = torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t())
+        return Normed(flat.view(residual.shape), norm)
+    return Normed(residual + reference.linear(x, weight, None), norm)
+
+
+def _skinny_linear(
+    source: Normed, weight: Tensor, bias: Tensor | None, gated: bool = False
+) -> Tensor:
+    if source.scaled is None or source.norm is None:
+        return skinny.skinny_linear(source.value(), weight, bias, gated=gated)[0]
+    return skinny.skinny_linear(
+        source.scaled, weight, bias, source.squares, source.norm.eps, gated=gated
+    )[0]
+
+
+def rotary_write(
+    heads: Tensor, cos: Tensor, signed_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> Tensor:
+    """Rotate queries and keys of heads [B, T, H + 2K, D] by cos, signed_sin [B, T, 1, D]; write
+    keys and values to the caches [slots, K, D] at slots [B * T]; return the queries [B, T, H, D].
+
+    Slot 0 is a dustbin: several rows may write it.
+    """
+    if _fast(heads):
+        return elementwise.rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
+    return reference.rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
+
+
+def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy slots source [B, n] of cache [L, 2, slots, K, D] to slots target [B, n], column by
+    column; within a request no target is the source of a later column (a committed path)."""
+    if _fast(cache):
+        elementwise.move_kv(cache, source, target)
+    else:
+        reference.move_kv(cache, source, target)
 
 
 def tree_attention(
@@ -83,10 +202,11 @@ def tree_attention(
     """
     if plan is not None:
         return cpu.run_attention(q, k_cache, v_cache, plan)
+    arguments = q, k_cache, v_cache, page_table, page_size, prefix_lengths, suffix_rows, suffix_mask
+    if _fast(q):
+        return attention.tree_attention(*arguments)
     attend = cpu.tree_attention if q.device.type == "cpu" else reference.tree_attention
-    return attend(
-        q, k_cache, v_cache, page_table, page_size, prefix_lengths, suffix_rows, suffix_mask
-    )
+    return attend(*arguments)
 
 
 def plan_attention(
@@ -124,8 +244,6 @@ def score_floor(
         top_k: [B] int64.
     """
     if _on_triton(logits):
-        from aquiline.kernels.triton import sampling
-
         return sampling.score_floor(logits, temperature, top_k, top_p, min_p)
     return reference_sampling.score_floor(logits, temperature, top_k, top_p, min_p)
 
@@ -152,8 +270,6 @@ def draw_top(
         token_ids: [V] the token that each index stands for, which names its noise; None: itself.
     """
     if _on_triton(logits):
-        from aquiline.kernels.triton import sampling
-
         return sampling.draw_top(logits, floor, temperature, key, levels, token_ids, count)
     return reference_sampling.draw_top(logits, floor, temperature, key, levels, token_ids, count)
 
@@ -187,8 +303,6 @@ def multi_round_accept(
     """
     accept = reference_sampling.multi_round_accept
     if _on_triton(target_logits):
-        from aquiline.kernels.triton import multi_round
-
         accept = multi_round.multi_round_accept
     return accept(
         target_logits, target_floor, draft_logits, draft_floor, tokens, temperature, children,

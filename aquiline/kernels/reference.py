@@ -105,12 +105,15 @@ def tree_attention(
 # ------------------------------------------------------------------------------------ KV cache
 
 
-def write_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """Write k, v [B, T, K, D] to caches [slots, K, D] at slots [B * T]; slot 0 is a dustbin."""
-    k_cache.index_copy_(0, slots, k.flatten(0, 1))
-    v_cache.index_copy_(0, slots, v.flatten(0, 1))
+def rotary_write(
+    heads: Tensor, cos: Tensor, signed_sin: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+) -> Tensor:
+    kv_heads = k_cache.shape[1]
+    turned = rotary(heads[:, :, :-kv_heads], cos, signed_sin)
+    k_cache.index_copy_(0, slots, turned[:, :, -kv_heads:].flatten(0, 1))
+    v_cache.index_copy_(0, slots, heads[:, :, -kv_heads:].flatten(0, 1))
+    return turned[:, :, :-kv_heads]
 
 
 def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copy slots source [n] of cache [L, 2, slots, K, D] to slots target [n], as if at once."""
-    cache.index_copy_(2, target, cache.index_select(2, source))
+    cache.index_copy_(2, target.flatten(), cache.index_select(2, source.flatten()))

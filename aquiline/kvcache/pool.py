@@ -47,7 +47,7 @@ class KVPlane:
         return self._layers[index]
 
     def commit_path(self, source: Tensor, target: Tensor) -> None:
-        """Move accepted nodes from slots source [n] to slots target [n], in every layer."""
+        """Move accepted nodes from slots source [B, n] to slots target [B, n], in every layer."""
         ops.move_kv(self.data, source, target)
 
     def copy_page(self, source: int, target: int) -> None:

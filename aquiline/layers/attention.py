@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from aquiline.attention.backend import Attention
+from aquiline.attention.backend import Angles, Attention
 from aquiline.distributed.ranks import SINGLE, Ranks
 from aquiline.kernels import ops
 from aquiline.layers.linear import ColumnParallelLinear, RowParallelLinear
-from aquiline.layers.rotary import Angles
 
 
 class SelfAttention(nn.Module):
-    """Grouped-query attention; ``bias`` is Qwen2's bias on q, k and v."""
+    """Grouped-query attention; ``bias`` is Qwen2's bias on q, k and v.
+
+    ``input_size`` is the width that q, k and v read, where it is not ``hidden_size`` (EAGLE-3).
+    """
 
     def __init__(
         self,
@@ -22,21 +24,28 @@ class SelfAttention(nn.Module):
         head_dim: int,
         bias: bool,
         ranks: Ranks = SINGLE,
+        input_size: int | None = None,
     ) -> None:
         super().__init__()
         self.head_dim = head_dim
         outs = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
-        self.qkv_proj = ColumnParallelLinear(hidden_size, outs, bias, ranks)
+        self.qkv_proj = ColumnParallelLinear(input_size or hidden_size, outs, bias, ranks)
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, ranks)
         self.num_heads = ranks.split(num_heads, "num_attention_heads")
         self.num_kv_heads = ranks.split(num_kv_heads, "num_key_value_heads")
 
-    def forward(self, x: Tensor, angles: Angles, attention: Attention, layer: int) -> Tensor:
-        """x [B, T, hidden] -> [B, T, hidden]."""
+    def forward(
+        self,
+        x: ops.Normed,
+        residual: Tensor,
+        next_norm: ops.Norm,
+        angles: Angles,
+        attention: Attention,
+        layer: int,
+    ) -> ops.Normed:
+        """residual + attention of norm(x), to be read through ``next_norm``; ``layer`` names its
+        cache."""
         heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        turned = self.num_heads + self.num_kv_heads
-        rotated = ops.rotary(heads[:, :, :turned], angles.cos, angles.signed_sin)
-        q, k = rotated[:, :, : self.num_heads], rotated[:, :, self.num_heads :]
-        out = attention.run(layer, q, k, heads[:, :, turned:])
-        projected: Tensor = self.o_proj(out.flatten(2))
-        return projected
+        attended = attention.run(layer, heads, self.num_kv_heads, angles)
+        out: ops.Normed = self.o_proj(attended.flatten(2), residual, next_norm)
+        return out

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from aquiline.attention.backend import Attention
+from aquiline.attention.backend import Angles, Attention
 from aquiline.distributed.ranks import SINGLE, Ranks
+from aquiline.kernels import ops
 from aquiline.layers.attention import SelfAttention
 from aquiline.layers.mlp import MLP
 from aquiline.layers.norm import RMSNorm
-from aquiline.layers.rotary import Angles
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,43 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, shape.rms_norm_eps)
         self.mlp = MLP(hidden, shape.intermediate_size, ranks)
 
-    def forward(self, x: Tensor, angles: Angles, attention: Attention, layer: int) -> Tensor:
-        """x [B, T, hidden] -> [B, T, hidden]; ``layer`` names its plane in the cache."""
-        normed = x if self.input_layernorm is None else self.input_layernorm(x)
-        x = x + self.self_attn(normed, angles, attention, layer)
-        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+    @property
+    def input_norm(self) -> ops.Norm | None:
+        """What this layer's input is read through."""
+        return None if self.input_layernorm is None else self.input_layernorm.fused
+
+    def forward(
+        self,
+        x: ops.Normed,
+        next_norm: ops.Norm | None,
+        angles: Angles,
+        attention: Attention,
+        layer: int,
+    ) -> ops.Normed:
+        """x [B, T, hidden], read through ``input_norm`` -> the same, read through ``next_norm``;
+        ``layer`` names its plane in the cache."""
+        norm = self.post_attention_layernorm.fused
+        x = self.self_attn(x, x.x, norm, angles, attention, layer)
+        out: ops.Normed = self.mlp(x, next_norm)
         return out
+
+
+def run_layers(
+    layers: Iterable[nn.Module],
+    x: Tensor | ops.Normed,
+    last_norm: ops.Norm | None,
+    angles: Angles,
+    attention: Attention,
+    first: int = 0,
+) -> Iterator[ops.Normed]:
+    """The residual stream x [B, T, hidden] before each layer and after the last, as it is read.
+
+    ``first`` is the first layer's number in the cache.
+    """
+    stack = [layer for layer in layers if isinstance(layer, DecoderLayer)]
+    norms = [*(layer.input_norm for layer in stack), last_norm]
+    stream = x if isinstance(x, ops.Normed) else ops.Normed(x, norms[0])
+    yield stream
+    for index, layer in enumerate(stack):
+        stream = layer(stream, norms[index + 1], angles, attention, first + index)
+        yield stream

@@ -32,8 +32,12 @@ class ColumnParallelLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(sum(self.outs))) if bias else None
         self._packed: ops.PackedWeight | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | ops.Normed) -> Tensor:
         return ops.linear(x, self.weight, self.bias, self._packed)
+
+    def gated(self, x: Tensor | ops.Normed) -> Tensor:
+        """Of two projections of equal size: silu(first) * second."""
+        return ops.gated_linear(x, self.weight, self._packed)
 
     def pack(self) -> None:
         self._packed = ops.pack_weight(self.weight)
@@ -52,7 +56,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """[..., in / ranks] -> [..., out], summed over ranks."""
+    """[..., in / ranks] -> [..., out], summed over ranks and added to a residual."""
 
     weight: nn.Parameter
 
@@ -63,8 +67,12 @@ class RowParallelLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, local))
         self._packed: ops.PackedWeight | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ranks.all_reduce(ops.linear(x, self.weight, None, self._packed))
+    def forward(self, x: Tensor, residual: Tensor, norm: ops.Norm | None) -> ops.Normed:
+        """residual + the product, to be read through ``norm``."""
+        if self.ranks.size == 1:
+            return ops.residual_linear(x, self.weight, residual, norm, self._packed)
+        product = self.ranks.all_reduce(ops.linear(x, self.weight, None, self._packed))
+        return ops.Normed(residual + product, norm)
 
     def pack(self) -> None:
         self._packed = ops.pack_weight(self.weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from aquiline.distributed.ranks import SINGLE, Ranks
 from aquiline.kernels import ops
@@ -18,6 +18,7 @@ class MLP(nn.Module):
         self.gate_up_proj = ColumnParallelLinear(hidden_size, sizes, ranks=ranks)
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, ranks)
 
-    def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.down_proj(ops.silu_mul(self.gate_up_proj(x)))
-        return projected
+    def forward(self, x: ops.Normed, next_norm: ops.Norm | None) -> ops.Normed:
+        """x + the layer's output for norm(x), to be read through ``next_norm``."""
+        out: ops.Normed = self.down_proj(self.gate_up_proj.gated(x), x.x, next_norm)
+        return out

@@ -7,18 +7,10 @@ of that frequency.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Angles:
-    """cos and signed sin [B, T, 1, D] of one pass; the sign belongs to rotate-half."""
-
-    cos: Tensor
-    signed_sin: Tensor
+from aquiline.attention.backend import Angles
 
 
 class RotaryEmbedding(nn.Module):

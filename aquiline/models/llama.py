@@ -19,7 +19,7 @@ from aquiline.attention.backend import Attention
 from aquiline.core.errors import CheckpointError
 from aquiline.distributed.ranks import SINGLE, Ranks
 from aquiline.kvcache.pool import PlaneShape
-from aquiline.layers.decoder import DecoderLayer, LayerShape
+from aquiline.layers.decoder import DecoderLayer, LayerShape, run_layers
 from aquiline.layers.linear import ColumnParallelLinear
 from aquiline.layers.norm import RMSNorm
 from aquiline.layers.rotary import RotaryEmbedding
@@ -77,14 +77,12 @@ class Llama(nn.Module):
         """
         x = self.embed_tokens(tokens)
         angles = self.rotary(positions, x.dtype)
+        stream = run_layers(self.layers, x, self.norm.fused, angles, attention)
         tapped = []
-        for index, layer in enumerate(self.layers):
+        for index, out in enumerate(stream):
             if index in taps:
-                tapped.append(x)
-            x = layer(x, angles, attention, index)
-        if len(self.layers) in taps:
-            tapped.append(x)
-        return TargetOutput(self.norm(x), tuple(tapped))
+                tapped.append(out.x)
+        return TargetOutput(out.value(), tuple(tapped))
 
     def logits(self, features: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from aquiline.core.errors import CheckpointError
 from aquiline.distributed.ranks import Ranks
 from aquiline.layers.decoder import DecoderLayer
+from aquiline.layers.eagle3 import Eagle3Layer
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class View:
     shard_dim: int | None = None
 
 
-def layer_views(prefix: str, layer: DecoderLayer) -> dict[str, View]:
+def layer_views(prefix: str, layer: DecoderLayer | Eagle3Layer) -> dict[str, View]:
     """The tensors of one decoder layer under ``prefix``."""
     attention, mlp = layer.self_attn, layer.mlp
     views = {
@@ -34,6 +35,8 @@ def layer_views(prefix: str, layer: DecoderLayer) -> dict[str, View]:
     }
     if layer.input_layernorm is not None:
         views["input_layernorm.weight"] = View(layer.input_layernorm.weight)
+    if isinstance(layer, Eagle3Layer):
+        views["hidden_norm.weight"] = View(layer.hidden_norm.weight)
     qkv = attention.qkv_proj
     for index, name in enumerate("qkv"):
         views[f"self_attn.{name}_proj.weight"] = View(qkv.weight[qkv.part(index)], 0)

@@ -186,7 +186,8 @@ class Trainer:
                 self.packer.corpus.token_counts(self.target.config.vocab_size)
             )
             token_ids = frequent_tokens(counts, self.config.draft_vocab_size)
-        save_draft(out / "draft", self.draft, token_ids, self.target.embed_tokens.weight)
+        head = DraftHead(self.target, token_ids)
+        save_draft(out / "draft", self.draft, head, self.target.embed_tokens.weight)
 
 
 def frequent_tokens(counts: Tensor, size: int) -> Tensor:

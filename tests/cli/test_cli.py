@@ -15,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aquiline.cli.main import main
-from tests.tiny_checkpoint import VOCAB, write_draft, write_target
+from aquiline.speculation.dispatch.paths import BANDS
+from aquiline.speculation.dispatch.table import DispatchTable
+from tests.tiny_checkpoint import VOCAB, write_draft, write_eagle3, write_target
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_draft(root / "draft", context=640)
     write_draft(root / "wide", hidden_size=48)
     write_draft(root / "other-vocabulary", vocab_size=VOCAB + 8)
-    write_draft(root / "eagle3")
-    tensors = load_file(root / "eagle3/model.safetensors")
-    save_file({**tensors, "d2t": torch.zeros(3)}, root / "eagle3/model.safetensors")
+    write_draft(root / "mixed")
+    tensors = load_file(root / "mixed/model.safetensors")
+    save_file({**tensors, "d2t": torch.zeros(3)}, root / "mixed/model.safetensors")
+    write_eagle3(root / "eagle3", context=640)
     for folder in ("target", "draft"):
         shutil.copytree(root / folder, root / f"truncated-{folder}")
         file = root / f"truncated-{folder}/model.safetensors"
@@ -97,6 +100,10 @@ TRAIN = (
     "train --target {root}/target --data {root}/data.jsonl --out {out} --dtype float32 "
     "--set holdout=4 --set device=cpu"
 )
+TUNE = (
+    "tune {root}/target --draft {root}/draft --prompts-file {root}/prompts.txt --dtype float32 "
+    "--max-tokens 3 --batches 1 --contexts 20 --repeats 1 --out {out}"
+)
 DRAFTED = GENERATE + " -p a --draft {root}/"
 # command, what the line must name
 BAD = {
@@ -107,7 +114,11 @@ BAD = {
     "truncated draft": (DRAFTED + "truncated-draft", "truncated-draft/model.safetensors"),
     "draft of another width": (DRAFTED + "wide", "hidden_size is 48, the target's is 32"),
     "draft of another vocabulary": (DRAFTED + "other-vocabulary", "vocab_size is 272"),
-    "EAGLE-3 draft": (DRAFTED + "eagle3", "'d2t' belongs to an EAGLE-3 draft"),
+    "EAGLE-3 draft": (DRAFTED + "eagle3", "belongs to an EAGLE-3 draft"),
+    "EAGLE-3 key": (DRAFTED + "mixed", "'d2t' belongs to an EAGLE-3 draft"),
+    "EAGLE-1 draft": (DRAFTED + "draft --method eagle3", "keys are EAGLE-1"),
+    "EAGLE-3, half": (DRAFTED + "mixed --method eagle3", "'d2t' is torch.float32"),
+    "method": (DRAFTED + "draft --method medusa", "method='medusa'"),
     "no draft there": (DRAFTED + "nothing", "no config.json"),
     "negative temperature": (GENERATE + " -p a --temperature -1", "temperature=-1"),
     "top-p": (GENERATE + " -p a --top-p 2", "top_p=2"),
@@ -132,6 +143,7 @@ BAD = {
     "tree without a parent": (DRAFTED + "draft --tree [[0],[1,0]]", "tree: path [1, 0]"),
     "tree of strings": (DRAFTED + 'draft --tree [["x"]]', "tree="),
     "unknown tree": (DRAFTED + "draft --tree oak", "tree='oak'"),
+    "automatic tree": (DRAFTED + "draft --tree auto", "tree='auto': this engine runs one tree"),
     "endless chain": (DRAFTED + "draft --tree chain-500", "tree="),
     "malformed line": (
         "train --target {root}/target --data {root}/bad.jsonl --out {out}", "bad.jsonl:31: "
@@ -152,6 +164,14 @@ BAD = {
     "not a recipe": ("train --recipe {root}/broken.py --out {out}", "broken.py"),
     "chat": ("chat nowhere", "model 'nowhere'"),
     "demo": ("demo {root}/target --draft {root}/wide", "hidden_size is 48"),
+    "tune, no draft": ("tune {root}/target --prompts-file {root}/prompts.txt --out {out}", "draft"),
+    "tune, batches": (TUNE + " --batches 1,0", "--batches 1,0"),
+    "tune, contexts": (TUNE + " --contexts many", "--contexts many"),
+    "tune, rules": (TUNE + " --rules typical", "--rules typical"),
+    "tune, repeats": (TUNE + " --repeats 0", "--repeats 0"),
+    "tune, no round": (TUNE + " --max-tokens 1", "--max-tokens 1"),
+    "tune, long text": (TUNE + " --max-tokens 640", "--max-tokens 640"),
+    "tune, nowhere to write": (TUNE + "/no/table.json", "/no/table.json"),
     "data": ("data --out {out}/d.jsonl --source {root}/no.jsonl", "no.jsonl"),
 }  # fmt: skip
 
@@ -214,6 +234,19 @@ def test_generate_streams_what_the_batch_says(aquiline: Command, root: Path) -> 
     assert streamed.out == json.loads(record.out)["text"] + "\n"
     assert aquiline(*args, "--tree", "[[0],[1],[0,0]]").out == streamed.out
     assert aquiline(*args, "--no-speculate").out == streamed.out
+
+
+def test_generate_with_eagle3_says_the_same(aquiline: Command, root: Path) -> None:
+    args = [
+        "generate", root / "target", "-p", "abc", "--dtype", "float32", "--max-tokens", 10,
+        "--temperature", 0, "--ignore-eos",
+    ]  # fmt: skip
+    fast = aquiline(*args, "--draft", root / "eagle3", "--method", "eagle3", "--json")
+    assert fast.code == 0, fast.err
+    record = json.loads(fast.out)
+    assert record["speculation"]["drafted"] > 0
+    plain = aquiline(*args, "--no-speculate", "--json")
+    assert record["token_ids"] == json.loads(plain.out)["token_ids"]
 
 
 def test_generate_stop_and_raw_prompt(aquiline: Command, root: Path) -> None:
@@ -281,6 +314,32 @@ def test_train_writes_a_draft_that_generate_loads(
     assert "learning_rate" in other.err
 
 
+def test_tune_writes_a_table_that_a_dispatcher_is_made_of(
+    aquiline: Command, root: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "table.json"
+    result = aquiline(
+        "tune", root / "target", "--draft", root / "draft", "--prompts-file", root / "prompts.txt",
+        "--dtype", "float32", "--max-tokens", 12, "--batches", "1,3", "--contexts", "20,9999",
+        "--repeats", 3, "--rules", "multi-round,coupled", "--out", out, "--json",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    table = DispatchTable.load(out)
+    measured = {(one.rule, one.band) for one in table.paths.measured}
+    assert measured == {(r, b) for r in ("coupled", "multi-round") for b in BANDS}
+    assert all(one.rounds > 0 for one in table.paths.measured)
+    loads = {(point.batch, point.kv_tokens) for point in table.costs.points}
+    assert loads == {(1, 20), (1, 640), (3, 60), (3, 1920)}  # the model's context is 640
+    assert len(table.costs.points) == 4 * len(table.trees)
+    dispatcher = table.dispatcher()
+    assert dispatcher.candidates == table.trees
+    assert 0 <= dispatcher.choose(2, 500, "low") < len(table.trees)
+    summary = json.loads(result.out)
+    assert summary["trees"] == len(table.trees)
+    assert len(summary["picks"]) == 4 * 3
+    assert all(pick["gain"] >= 1 for pick in summary["picks"])
+
+
 def test_other_data_in_an_old_run_folder_is_refused(
     aquiline: Command, root: Path, tmp_path: Path
 ) -> None:
@@ -300,5 +359,5 @@ def test_other_data_in_an_old_run_folder_is_refused(
 def test_help_names_every_command(aquiline: Command) -> None:
     result = aquiline("--help")
     assert result.code == 0
-    for command in ("generate", "chat", "demo", "data", "train", "evaluate"):
+    for command in ("generate", "chat", "demo", "data", "train", "evaluate", "tune"):
         assert command in result.out

@@ -22,9 +22,10 @@ WRONG_TYPES = [
     ("stop_token_ids", (-1,)), ("stop_token_ids", (1.5,)), ("stop_token_ids", ("a",)),
 ]  # fmt: skip
 BAD_SPECULATION = [
-    ("method", "medusa"), ("verification", "typical"), ("num_speculative_tokens", 0),
+    ("method", "medusa"), ("method", "eagle2"), ("method", 3),
+    ("verification", "typical"), ("num_speculative_tokens", 0),
     ("num_speculative_tokens", 65), ("num_speculative_tokens", -3), ("tree", 5),
-    ("tree", [["a"]]), ("tree", [0, 1]),
+    ("tree", [["a"]]), ("tree", [0, 1]), ("dispatch_table", 3), ("dispatch_table", ""),
 ]  # fmt: skip
 
 
@@ -49,6 +50,17 @@ def test_chain_and_tree_together_are_refused() -> None:
         SpeculationParams(num_speculative_tokens=3, tree="eagle-25")
 
 
+def test_a_dispatch_table_goes_with_the_automatic_tree_alone() -> None:
+    for tree in (None, "chain-3", [[0]]):
+        with pytest.raises(AquilineError, match=r"^dispatch_table=.*tree='auto'"):
+            SpeculationParams.from_config({"tree": tree, "dispatch_table": "table.json"})
+    with pytest.raises(AquilineError, match="not both"):
+        SpeculationParams(num_speculative_tokens=3, tree="auto")
+    params = SpeculationParams.from_config({"tree": "auto", "dispatch_table": "table.json"})
+    assert (params.tree, params.dispatch_table) == ("auto", "table.json")
+    assert SpeculationParams(tree="auto").dispatch_table is None
+
+
 def test_unknown_key_is_refused_by_name() -> None:
     with pytest.raises(AquilineError, match=r"unknown field 'num_spec'.*num_speculative_tokens"):
         SpeculationParams.from_config({"method": "eagle", "num_spec": 3})
@@ -64,6 +76,8 @@ def test_good_values_are_kept() -> None:
     assert (params.max_tokens, params.top_k, params.seed) == (None, 5, MAX_SEED)
     speculation = SpeculationParams.from_config({"tree": [[0], [1], [0, 0]]})
     assert speculation.tree == ((0,), (1,), (0, 0))
+    assert SpeculationParams().method == "eagle"
+    assert SpeculationParams.from_config({"method": "eagle3"}).method == "eagle3"
     assert SpeculationParams(num_speculative_tokens=64).num_speculative_tokens == 64
     with pytest.raises(AttributeError):
         params.seed = 1  # type: ignore[misc]

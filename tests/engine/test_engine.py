@@ -21,7 +21,15 @@ from aquiline.core.errors import AquilineError
 from aquiline.core.outputs import RequestOutput
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
-from tests.tiny_checkpoint import CYCLE, IM_END, VOCAB, token, write_draft, write_target
+from tests.tiny_checkpoint import (
+    CYCLE,
+    IM_END,
+    VOCAB,
+    token,
+    write_draft,
+    write_eagle3,
+    write_target,
+)
 
 CHAIN: dict[str, Any] = {"num_speculative_tokens": 3}
 TREE: dict[str, Any] = {"tree": [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}
@@ -41,6 +49,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "clean": write_target(root / "clean"),
         "mixed": write_target(root / "mixed", mix=0.15),
         "draft": write_draft(root / "draft"),
+        "eagle3": write_eagle3(root / "eagle3", foresees=root / "clean"),
+        "bad-eagle3": write_eagle3(root / "bad-eagle3", layers=2, draft_vocab=90),
         "bad-draft": write_draft(root / "bad-draft", layers=2, copies=False),
     }
 
@@ -436,6 +446,27 @@ def test_perfect_draft_reaches_its_bound(make: Make) -> None:
     assert stats.accepted_by_depth == (4, 4, 4)
     assert stats.tokens_per_call == 4.0
     assert stats.depths == (0, *(1, 2, 3, 0) * 4)
+
+
+@pytest.mark.parametrize("draft", ["eagle3", "bad-eagle3"])
+@pytest.mark.parametrize("shape", ["chain", "eagle-25"])
+def test_eagle3_says_what_plain_decoding_says(shape: str, draft: str, make: Make) -> None:
+    """In batches, and with so few pages that requests are preempted and prefilled again."""
+    method = {**SHAPES[shape], "method": "eagle3"}  # type: ignore[dict-item]
+    asked, params = prompts(10, seed=9), mixed_params(10)
+    expected = [said(output) for output in make("mixed", None).generate(asked, params)]
+    for options in ({}, {"kv_cache_tokens": 130}):
+        llm = make("mixed", method, draft, **options)
+        assert [said(output) for output in llm.generate(asked, params)] == expected
+        assert_idle(llm)
+
+
+def test_eagle3_draft_reaches_its_bound(make: Make) -> None:
+    """Right on the first level, from the tapped features; wrong on its own hidden state."""
+    chain = make("clean", {**CHAIN, "method": "eagle3"}, "eagle3")
+    stats = run(chain, "a", max_tokens=17, ignore_eos=True).speculation
+    assert (stats.rounds, stats.tokens, stats.drafted) == (8, 16, 24)
+    assert stats.accepted_by_depth == (8, 0, 0)
 
 
 def test_64_draft_tokens_exactly(make: Make) -> None:

@@ -1,10 +1,5 @@
-"""Triton kernels run in its interpreter here, which is chosen when triton is first imported.
-
-With TRITON_INTERPRET=0 (to run tests/gpu in the same session) these tests are skipped.
-"""
-
-from __future__ import annotations
+"""Triton kernels run in the interpreter here; on a GPU they are tested in tests/gpu."""
 
 import os
 
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined

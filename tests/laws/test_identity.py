@@ -19,10 +19,10 @@ from aquiline.kernels import cpu, ops, reference
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw_top, position_noise
 from aquiline.speculation.tree import TreeShape
-from aquiline.speculation.verification.verdict import verdict_of
 from tests.laws.tiny import (
     VOCAB,
     Decoded,
+    agreeable_rule,
     decode,
     features_of,
     memoryless_models,
@@ -228,20 +228,7 @@ def test_drafts_are_those_of_a_draft_without_cache(tree, foreseen, monkeypatch):
     real_grow = round_module.grow
     monkeypatch.setattr(round_module, "grow", recording_grow)
 
-    class Agreeable(round_module.RULES["coupled"]):
-        """Walks to a node of depth ``foreseen`` (the last listed), then draws."""
-
-        def accept(self, tokens, logits):
-            tables = self.round.tree
-            depth = min(foreseen, shape.depth)
-            leaf = [n for n in range(shape.size) if shape.depths[n] == depth][-1]
-            drawn = logits.argmax(dim=-1)
-            for node in tables.routes[leaf].unique().tolist():
-                if node:
-                    drawn[:, shape.parents[node]] = tokens[:, node]
-            return verdict_of(tables, torch.full_like(tokens[:, 0], leaf), drawn)
-
-    monkeypatch.setattr(round_module, "RULES", {"coupled": Agreeable})
+    monkeypatch.setattr(round_module, "RULES", {"coupled": agreeable_rule(shape, foreseen)})
     count = 4 if foreseen == 0 else 10
     decoded = decode(models, prompts, count, shape, [GREEDY] * 4, range(4))
     said = [prompt + text for prompt, text in zip(prompts, decoded.texts, strict=True)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aquiline.attention.packed import PackedAttention
 from aquiline.core.params import SamplingParams, VerificationRule
+from aquiline.decoding import round as round_module
 from aquiline.decoding.models import DecoderModels, Drafter, Planes
 from aquiline.decoding.prefill import prefill
 from aquiline.decoding.round import decode_round
@@ -23,9 +24,11 @@ from aquiline.evaluation.losslessness import target_distribution
 from aquiline.kernels import ops
 from aquiline.models.config import LlamaConfig
 from aquiline.models.draft import DraftHead, EagleDraft, draft_config
+from aquiline.models.eagle3 import random_eagle3
 from aquiline.models.llama import Llama
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.verification.verdict import verdict_of
 
 CPU = torch.device("cpu")
 VOCAB = 50
@@ -53,6 +56,18 @@ def tiny_models(seed: int = 0, token_ids: Tensor | None = None, draft_layers: in
     return DecoderModels(
         target, Drafter(_initialised(draft, seed + 1), DraftHead(target, token_ids))
     )
+
+
+def tiny_eagle3_models(seed: int = 0, draft_vocab: int = VOCAB, draft_layers: int = 1):
+    """The same in the EAGLE-3 wiring, on a target of four layers."""
+    target = tiny_target(seed, replace(CONFIG, num_layers=4))
+    draft, head = random_eagle3(target, draft_vocab, draft_layers, taps=(1, 2, 4))
+    drafter = Drafter(_initialised(draft, seed + 1), _initialised(head, seed + 2))
+    for module in (drafter.draft, drafter.head):  # norms that are not the identity
+        for name, weight in module.named_parameters():
+            if "norm" in name:
+                nn.init.uniform_(weight, 0.5, 1.5, generator=torch.Generator().manual_seed(seed))
+    return DecoderModels(target, drafter)
 
 
 def _initialised(module, seed: int):
@@ -85,11 +100,12 @@ def memoryless_models() -> DecoderModels:
 class Prophet(nn.Module):
     """Stands in for draft and head: predicts given texts, by row and position, with certainty."""
 
-    token_ids = None
+    token_ids, taps, feature_size = None, (), CONFIG.hidden_size
 
     def __init__(self, models: DecoderModels, texts: Sequence[Sequence[int]]) -> None:
         super().__init__()
         self.plane_shape = models.target.plane_shape
+        self.embed = models.target.embed_tokens.forward
         width = max(map(len, texts))
         self.texts = torch.tensor([[*text, *[0] * (width - len(text))] for text in texts])
 
@@ -105,6 +121,9 @@ class Prophet(nn.Module):
 
     def to_target(self, ids: Tensor) -> Tensor:
         return ids
+
+    def fuse(self, features: Tensor) -> Tensor:
+        return features
 
 
 def prophetic_models(models: DecoderModels, texts: Sequence[Sequence[int]]) -> DecoderModels:
@@ -137,6 +156,25 @@ def oracle_text(
             scores = scores + ops.gumbel_noise(*key, position, VOCAB)[0, 0]
         tokens.append(int(scores.argmax()))
     return tokens[len(prompt) :]
+
+
+def agreeable_rule(shape: TreeShape, foreseen: int) -> type:
+    """A rule that accepts ``foreseen`` levels where the tree has them, drafted right or wrong."""
+
+    class Agreeable(round_module.RULES["coupled"]):  # type: ignore[misc, name-defined]
+        """Walks to a node of depth ``foreseen`` (the last listed), then draws."""
+
+        def accept(self, tokens, logits):
+            tables = self.round.tree
+            depth = min(foreseen, shape.depth)
+            leaf = [n for n in range(shape.size) if shape.depths[n] == depth][-1]
+            drawn = logits.argmax(dim=-1)
+            for node in tables.routes[leaf].unique().tolist():
+                if node:
+                    drawn[:, shape.parents[node]] = tokens[:, node]
+            return verdict_of(tables, torch.full_like(tokens[:, 0], leaf), drawn)
+
+    return Agreeable
 
 
 # ----------------------------------------------------------------------------------- the decoder
@@ -180,7 +218,8 @@ def decode(
     tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts])
     counts = torch.tensor([len(prompt) for prompt in prompts])
     sampling = SamplingBatch.of(params, seeds, CPU)
-    state = DecodeState.empty(rows, shape.depth + 1, CONFIG.hidden_size, torch.float64, CPU)
+    width = models.feature_size
+    state = DecodeState.empty(rows, shape.depth + 1, width, torch.float64, CPU)
     first = prefill(models, planes, page_table, tokens, counts, sampling)
     state.store(torch.arange(rows), first)
     texts = [[token] for token in first.roots.tolist()]

@@ -100,7 +100,7 @@ def test_embedding_is_optional(tmp_path: Path, target: Llama) -> None:
 
 def test_reduced_vocabulary_is_a_side_file(tmp_path: Path, target: Llama) -> None:
     ids = torch.tensor([3, 5, 100, VOCAB - 1])
-    save_draft(tmp_path, make_draft(), ids, target.embed_tokens.weight)
+    save_draft(tmp_path, make_draft(), DraftHead(target, ids), target.embed_tokens.weight)
     assert set(load_file(tmp_path / "model.safetensors")) == public_keys(1)
     loaded = load_draft(tmp_path, target, 16)
     assert loaded.token_ids is not None
@@ -179,7 +179,7 @@ def test_wrong_tensors_are_refused_by_name(damage: str, folder: Path, target: Ll
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_draft(folder, target, 16)
+        load_draft(folder, target, 16, "eagle")
     assert "\n" not in str(caught.value)
 
 

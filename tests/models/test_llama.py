@@ -198,8 +198,9 @@ def test_column_parallel_parts_concatenate_and_row_parallel_parts_add_up() -> No
         sharded = [part[..., c.part(index)] for c, part in zip(columns[1:], parts, strict=True)]
         torch.testing.assert_close(torch.cat(sharded, -1), whole[..., columns[0].part(index)])
     halves = x.chunk(2, dim=-1)
-    total = sum(row(half) for row, half in zip(rows[1:], halves, strict=True))
-    torch.testing.assert_close(total, rows[0](x))
+    nothing = torch.zeros(2, 5, 6)
+    total = sum(row(half, nothing, None).x for row, half in zip(rows[1:], halves, strict=True))
+    torch.testing.assert_close(total, rows[0](x, nothing, None).x)
     with pytest.raises(ValueError, match="out_features=5 does not divide"):
         ColumnParallelLinear(8, (5,), ranks=Ranks(0, 2))
 
