@@ -31,13 +31,11 @@ LLAMA_31_8B = LlamaConfig(
 
 
 @torch.no_grad()
-def random_llama(
-    config: LlamaConfig, max_positions: int, dtype: torch.dtype = torch.bfloat16
-) -> Llama:
-    """A target on CUDA, weights from N(0, 0.02^2)."""
+def random_llama(config: LlamaConfig, max_positions: int) -> Llama:
+    """A target on CUDA in bf16, weights from N(0, 0.02^2)."""
     with torch.device("meta"):
         model = Llama(config, max_positions)
-    model = model.to(dtype).to_empty(device="cuda").requires_grad_(False).eval()
+    model = model.to(torch.bfloat16).to_empty(device="cuda").requires_grad_(False).eval()
     model.rotary = RotaryEmbedding(inverse_frequencies(config), max_positions).to("cuda")
     for name, parameter in model.named_parameters():
         if "norm" in name:

@@ -66,7 +66,7 @@ def decode_round(
         if tree.shape.depth == 0:  # plain for now: the draft keeps up, for the round that drafts
             drafting.resync()
         else:
-            tokens = grow(tree, state.roots, drafting.score_children, drafter.head.to_target)
+            tokens = grow(tree, state.roots, drafting.propose, drafter.head.to_target)
     features, logits = _verify(models, planes.target, tree, page_table, lengths, tokens)
     verdict = rule.accept(tokens, logits)
     _commit_path(planes.target, tree, page_table, lengths, verdict)
@@ -139,14 +139,14 @@ class _Drafting:
         self.rule, self.page_table, self.state = rule, page_table, state
         self._features = state.pending_features[:, :1]  # [B, E, d] of the last pass
 
-    def score_children(self, above: DraftedLevel | None) -> Tensor:
+    def propose(self, above: DraftedLevel | None, count: int) -> Tensor:
         if above is None:
             self._features = self.resync()
             depth = 1
         else:
             self._features = self._expand(above)
             depth = above.depth + 1
-        return self.rule.child_scores(self.drafter.logits(self._features), depth)
+        return self.rule.propose(self.drafter.logits(self._features), depth, count)
 
     def _run(self, tokens: Tensor, features: Tensor, positions: Tensor, plan: TreePlan) -> Tensor:
         embeddings = self.drafter.embed(tokens)

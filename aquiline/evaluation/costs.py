@@ -19,6 +19,7 @@ from aquiline.core.params import SamplingParams
 from aquiline.decoding.graph import RoundGraph
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.rows import DeviceRows, advance
+from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
 from aquiline.speculation.verification.rules import RULES, RuleFactory
 
@@ -64,9 +65,10 @@ def measure_round_ms(
     device = models.device
     tables = tree.tables(device)
     pages = (pages_of(tree, batch, context, planes.target.page_size) - 1) // batch
-    rows = _synthetic_rows(models, tree, batch, context, pages, temperature)
+    rows = _synthetic_rows(models, tree, batch, context, pages)
     index = torch.arange(batch, device=device)
-    sampling = rows.sampling.select(index)
+    params = SamplingParams(temperature=temperature)
+    sampling = SamplingBatch.of([params] * batch, range(batch), device)
 
     def one_round(index: Tensor) -> Tensor:
         return advance(models, planes, tables, rule, rows, index, sampling)
@@ -93,7 +95,7 @@ def measure_round_ms(
 
 
 def _synthetic_rows(
-    models: DecoderModels, tree: TreeShape, batch: int, context: int, pages: int, temperature: float
+    models: DecoderModels, tree: TreeShape, batch: int, context: int, pages: int
 ) -> DeviceRows:
     """Random roots and pending pairs, ``context`` committed tokens a row."""
     device, vocab = models.device, models.target.config.vocab_size
@@ -109,9 +111,6 @@ def _synthetic_rows(
     state.pending_tokens[:batch] = tokens
     state.pending_features[:batch] = features.to(device, models.dtype)
     state.pending_counts[:batch] = min(pending, TYPICAL_TOKENS)
-    params = SamplingParams(temperature=temperature)
-    for row in range(batch):
-        rows.sampling.set(row, params, row)
     return rows
 
 

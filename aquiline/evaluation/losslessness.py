@@ -228,7 +228,7 @@ def _sampling(params: SamplingParams, seeds: Tensor) -> SamplingBatch:
     return SamplingBatch(
         one.temperature.expand(count), one.top_k.expand(count), one.top_p.expand(count),
         one.min_p.expand(count), seeds, torch.zeros_like(seeds),
-        one.all_greedy, one.any_top_k, one.any_top_p, one.any_min_p,
+        one.all_greedy, one.filtered,
     )  # fmt: skip
 
 
@@ -265,10 +265,10 @@ def _one_round(
 ) -> tuple[Tensor, Tensor]:
     """Draft, verify, accept: the emitted tokens [B, D + 1] and how many were drafted [B]."""
 
-    def score_children(above: DraftedLevel | None) -> Tensor:
+    def propose(above: DraftedLevel | None, count: int) -> Tensor:
         parents = roots[:, None] if above is None else above.expanded_tokens
-        return rule.child_scores(pair.draft[parents], 1 if above is None else above.depth + 1)
+        return rule.propose(pair.draft[parents], 1 if above is None else above.depth + 1, count)
 
-    tokens = grow(round_.tree, roots, score_children, pair.to_target)
+    tokens = grow(round_.tree, roots, propose, pair.to_target)
     verdict = rule.accept(tokens, pair.target[tokens])
     return verdict.tokens, verdict.accepted

@@ -6,7 +6,9 @@ the same on every device. This is the plain-torch definition; see ops.py for the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -82,3 +84,30 @@ def gumbel_noise(
     high = ((_MASK32 - bits).to(torch.float32) + 0.5) * 2.0**-32  # 1 - u
     exponential = torch.where(bits < 2**31, -torch.log1p(-low), -torch.log(high))
     return -torch.log(exponential)
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseKey:
+    """Names the noise of a round without computing it: Triton kernels read the raw fields.
+
+    Attributes:
+        seeds, choices: [B] int64.
+        positions: [B, P] int64 absolute positions.
+        stream: what the noise is for.
+        vocab: tokens that it covers.
+    """
+
+    seeds: Tensor
+    choices: Tensor
+    positions: Tensor
+    stream: Stream
+    vocab: int
+
+    @cached_property
+    def table(self) -> Tensor:
+        """All of it as Gumbel noise [B, P, vocab], for the torch twins: computed once a round."""
+        return gumbel_noise(self.seeds, self.choices, self.positions, self.vocab, self.stream)
+
+    def uniforms(self, count: int) -> Tensor:
+        """``count`` uniforms at every position, [B, P, count]."""
+        return uniform_noise(self.seeds, self.choices, self.positions, count, self.stream)

@@ -1,7 +1,8 @@
 """SamplingBatch: the sampling parameters of a batch of requests as tensors, one row each.
 
 Parameters live on the device so that a round reads them without the host. The flags are what the
-host knows of the whole batch, so that work nobody asked for is skipped.
+host knows of the whole batch, so that a CPU skips work nobody asked for. On other devices they say
+nothing (not all greedy, filtered): kernels skip row by row, and a graph serves any batch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ class SamplingBatch:
     """temperature, top_p, min_p [B] fp32; top_k [B] int64 (0: all); seeds, choices [B] int64.
 
     ``seeds`` and ``choices`` key the noise together with a token's absolute position.
+    ``all_greedy``: no row needs noise. ``filtered``: a sampled row may cut its distribution.
     """
 
     temperature: Tensor
@@ -29,9 +31,7 @@ class SamplingBatch:
     seeds: Tensor
     choices: Tensor
     all_greedy: bool
-    any_top_k: bool
-    any_top_p: bool
-    any_min_p: bool
+    filtered: bool
 
     @classmethod
     def of(
@@ -42,6 +42,8 @@ class SamplingBatch:
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
 
+        on_cpu = torch.device(device).type == "cpu"
+        sampled = [p for p in params if p.temperature > 0]
         return cls(
             temperature=column([p.temperature for p in params]),
             top_k=column([p.top_k for p in params], torch.int64),
@@ -49,10 +51,8 @@ class SamplingBatch:
             min_p=column([p.min_p for p in params]),
             seeds=column(list(seeds), torch.int64),
             choices=column([0] * len(params), torch.int64),
-            all_greedy=all(p.temperature == 0 for p in params),
-            any_top_k=any(p.top_k > 0 for p in params),
-            any_top_p=any(p.top_p < 1 for p in params),
-            any_min_p=any(p.min_p > 0 for p in params),
+            all_greedy=on_cpu and not sampled,
+            filtered=not on_cpu or any(p.top_k or p.top_p < 1 or p.min_p for p in sampled),
         )
 
     def set(self, row: int, params: SamplingParams, seed: int) -> None:
@@ -68,8 +68,3 @@ class SamplingBatch:
         """The given rows; the flags stay those of the whole batch."""
         columns = ("temperature", "top_k", "top_p", "min_p", "seeds", "choices")
         return replace(self, **{name: getattr(self, name)[rows] for name in columns})
-
-    @property
-    def filtered(self) -> bool:
-        """Whether any request cuts its distribution."""
-        return self.any_top_k or self.any_top_p or self.any_min_p

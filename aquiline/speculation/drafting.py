@@ -1,8 +1,8 @@
 """Drafting: grow a tree level by level from a draft that arrives as a callable.
 
-At each depth the draft supplies, for every node that has children, the scores of its children; the
-best ``fan_out`` become nodes, in order. What "score" means is the verification rule's business
-(logits, or log-probabilities plus noise), so the same loop serves both rules and any draft.
+At each depth the draft scores the children of every node that has some, and the verification rule
+proposes the best ``fan_out``, in order. How it ranks them (with which noise) is the rule's
+business, so the same loop serves both rules and any draft.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from aquiline.speculation.tree import Level, TreeTables
 
-# Scores [B, E, Vd] of the children of the expanded nodes of a depth, given the drafted level above
-# (None for the root's children).
-ScoreChildren = Callable[["DraftedLevel | None"], Tensor]
+# Draft ids [B, E, count] of the children of the expanded nodes of a depth, best first, given the
+# drafted level above (None for the root's children) and the count.
+ProposeChildren = Callable[["DraftedLevel | None", int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,19 @@ class DraftedLevel:
 
 
 def grow(
-    tree: TreeTables, root: Tensor, score: ScoreChildren, to_target: Callable[[Tensor], Tensor]
+    tree: TreeTables, root: Tensor, propose: ProposeChildren, to_target: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Tokens [B, N] of the whole tree.
 
     Args:
         root: [B] the root's token.
-        score: children's scores for the level above; called once per depth, root first.
+        propose: children for the level above; called once per depth, root first.
         to_target: draft vocabulary ids -> target token ids.
     """
     columns = [root[:, None]]
     above: DraftedLevel | None = None
     for depth, level in enumerate(tree.levels, start=1):
-        best = score(above).topk(level.fan_out, dim=-1).indices  # [B, E, fan_out]
+        best = propose(above, level.fan_out)  # [B, E, fan_out]
         tokens = to_target(best[:, level.parents, level.ranks])
         columns.append(tokens)
         above = DraftedLevel(depth, level, tokens)

@@ -142,8 +142,11 @@ class TreeTables:
         ancestors: [N, N] bool; row i is True at i and at every ancestor of i (the tree mask).
         routes: [N, D + 1] the node at each depth on the way to node i; past its depth, i itself.
         levels: drafting steps for depth 1..D.
+        children: [N, K] nodes by rank, padded with -1; K is 1 at least.
         expanded_nodes: for depth 0..D-1, the nodes that have children.
-        last_expanded: the last of each.
+        expanded_depths: for the same, the depth of each, over and over.
+        expanded_index: [N] a node's place among all nodes that have children; 0 for the others.
+        last_expanded: the last of each of ``expanded_nodes``.
     """
 
     shape: TreeShape
@@ -152,7 +155,10 @@ class TreeTables:
     ancestors: Tensor
     routes: Tensor
     levels: tuple[Level, ...]
+    children: Tensor
     expanded_nodes: tuple[Tensor, ...]
+    expanded_depths: tuple[Tensor, ...]
+    expanded_index: Tensor
     last_expanded: tuple[int, ...]
 
     @classmethod
@@ -174,9 +180,16 @@ class TreeTables:
             [n for n in range(shape.size) if shape.depths[n] == d and shape.children[n]]
             for d in range(shape.depth)
         ]
+        all_expanded = [node for nodes in expanded for node in nodes]
+        index = {node: place for place, node in enumerate(all_expanded)}
+        width = max(1, *map(len, shape.children))
+        children = [(*nodes, *[-1] * (width - len(nodes))) for nodes in shape.children]
         return cls(
             shape, tensor(shape.parents), tensor(shape.depths), mask.to(device), tensor(routes),
-            levels, tuple(map(tensor, expanded)), tuple(nodes[-1] for nodes in expanded),
+            levels, tensor(children), tuple(map(tensor, expanded)),
+            tuple(tensor([depth] * len(nodes)) for depth, nodes in enumerate(expanded)),
+            tensor([index.get(node, 0) for node in range(shape.size)]),
+            tuple(nodes[-1] for nodes in expanded),
         )  # fmt: skip
 
 

@@ -7,8 +7,6 @@ the same measurement has to reject each.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from scipy import stats
@@ -21,7 +19,8 @@ from aquiline.evaluation.losslessness import (
     measure_fit,
     target_distribution,
 )
-from aquiline.kernels import ops
+from aquiline.kernels import noise as noise_module
+from aquiline.kernels import ops, reference_sampling
 from aquiline.speculation.tree import TreeShape
 from aquiline.speculation.verification import coupled, multi_round
 from aquiline.speculation.verification.rules import RULES
@@ -80,27 +79,23 @@ def _assert_rejected(fit):
     assert min(fit.first_token, fit.joint) < REJECT, f"the planted bug went unseen: {fit}"
 
 
-def _ops_with(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{**vars(ops), **changes})
-
-
 def test_rejects_a_sibling_kept_in_the_draft_distribution(monkeypatch):
-    real = multi_round.after_rejection
+    real = reference_sampling.after_rejection
 
     def plant(residual, proposal, token):
         return real(residual, proposal, token)[0], proposal
 
-    monkeypatch.setattr(multi_round, "after_rejection", plant)
+    monkeypatch.setattr(reference_sampling, "after_rejection", plant)
     _assert_rejected(_fit_of_plant(multi_round.MultiRound))
 
 
 def test_rejects_a_target_not_reduced_to_its_residual(monkeypatch):
-    real = multi_round.after_rejection
+    real = reference_sampling.after_rejection
 
     def plant(residual, proposal, token):
         return residual, real(residual, proposal, token)[1]
 
-    monkeypatch.setattr(multi_round, "after_rejection", plant)
+    monkeypatch.setattr(reference_sampling, "after_rejection", plant)
     _assert_rejected(_fit_of_plant(multi_round.MultiRound))
 
 
@@ -109,7 +104,7 @@ def test_rejects_argmax_for_the_residual_draw(monkeypatch):
         noise = ops.gumbel_noise(seeds, choices, positions, vocab, stream)
         return torch.zeros_like(noise) if stream is ops.Stream.RESIDUAL else noise
 
-    monkeypatch.setattr(multi_round, "ops", _ops_with(gumbel_noise=plant))
+    monkeypatch.setattr(noise_module, "gumbel_noise", plant)
     _assert_rejected(_fit_of_plant(multi_round.MultiRound))
 
 
@@ -124,7 +119,8 @@ def test_rejects_a_stream_shared_with_the_proposal(monkeypatch, shared):
     def uniform(seeds, choices, positions, count, stream):
         return ops.uniform_noise(seeds, choices, positions, count, stream_of(stream))
 
-    monkeypatch.setattr(multi_round, "ops", _ops_with(gumbel_noise=gumbel, uniform_noise=uniform))
+    monkeypatch.setattr(noise_module, "gumbel_noise", gumbel)
+    monkeypatch.setattr(noise_module, "uniform_noise", uniform)
     _assert_rejected(_fit_of_plant(multi_round.MultiRound))
 
 
@@ -133,11 +129,9 @@ class PrunedByConfidence(multi_round.MultiRound):
 
     spare = 2
 
-    def child_scores(self, logits, depth):
-        scores = super().child_scores(logits, depth)
-        sampled = scores.topk(self.round.tree.levels[depth - 1].fan_out + self.spare).indices
-        kept = torch.full_like(scores, float("-inf"))
-        return kept.scatter(-1, sampled, logits.gather(-1, sampled))
+    def propose(self, logits, depth, count):
+        sampled = super().propose(logits, depth, count + self.spare)
+        return sampled.gather(-1, logits.gather(-1, sampled).topk(count).indices)
 
 
 @pytest.mark.parametrize("tree", ["chain-1", "bushy"])
@@ -145,14 +139,10 @@ def test_rejects_children_pruned_by_confidence(tree):
     _assert_rejected(_fit_of_plant(PrunedByConfidence, TREES[tree][0]))
 
 
-class RankedByConfidence(multi_round.MultiRound):
+class RankedByConfidence(PrunedByConfidence):
     """Samples just the children it needs, but tries the likeliest first."""
 
-    def child_scores(self, logits, depth):
-        scores = super().child_scores(logits, depth)
-        sampled = scores.topk(self.round.tree.levels[depth - 1].fan_out).indices
-        ranked = torch.full_like(scores, float("-inf"))
-        return ranked.scatter(-1, sampled, logits.gather(-1, sampled))
+    spare = 0
 
 
 def test_rejects_children_ranked_by_confidence():

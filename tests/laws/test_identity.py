@@ -17,7 +17,7 @@ from aquiline.core.params import SamplingParams
 from aquiline.decoding import round as round_module
 from aquiline.kernels import cpu, ops, reference
 from aquiline.sampling.batch import SamplingBatch
-from aquiline.sampling.draw import position_noise
+from aquiline.sampling.draw import draw_top, position_noise
 from aquiline.speculation.tree import TreeShape
 from tests.laws.tiny import (
     VOCAB,
@@ -301,6 +301,8 @@ def test_noise_is_a_function_of_its_key_alone():
     assert torch.equal(one[0], among[2, :30])
     params = [SamplingParams(), GREEDY]
     sampling = SamplingBatch.of(params, [7, 7], torch.device("cpu"))
-    rows = position_noise(sampling, torch.tensor([[40], [40]]), 30)
-    assert torch.equal(rows[0], _noise([7], [0], [[40]], 30))
-    assert not rows[1].any()
+    key = position_noise(sampling, torch.tensor([[40], [40]]), 30)
+    assert torch.equal(key.table[0], _noise([7], [0], [[40]], 30))
+    ranked = draw_top(torch.zeros(2, 1, 30), sampling, key, None, None, 30)
+    assert torch.equal(ranked[0, 0], key.table[0, 0].argsort(descending=True))
+    assert ranked[1, 0].tolist() == list(range(30)), "greedy rows are without noise"

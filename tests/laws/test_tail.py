@@ -124,7 +124,9 @@ def _z_of_tail(noise: Tensor, gap: float) -> float:
     """noise [B, 2] of the favourite and of the best of the rest; how far the wins are off."""
     sampling = SamplingBatch.of([SamplingParams()], [0], noise.device)
     logits = torch.tensor([gap, 0.0]).expand_as(noise)
-    drawn = draw(logits[None], sampling, noise[None])
+    key = position_noise(sampling, torch.arange(len(noise))[None], 2)
+    vars(key)["table"] = noise[None]  # where a cached property keeps its value
+    drawn = draw(logits[None], sampling, key)
     wins, rows = int(drawn.sum()), len(noise)
     rest = (VOCAB - 1) * math.exp(-gap)
     share = rest / (1 + rest)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from aquiline.core.params import SamplingParams
 from aquiline.evaluation.losslessness import chi_square, target_distribution
 from aquiline.sampling.batch import SamplingBatch
-from aquiline.sampling.draw import draw, position_noise
+from aquiline.sampling.draw import draw, draw_top, position_noise
 from tests.sampling.test_filters import logits_strategy, on_an_edge, params_strategy
 
 CPU = torch.device("cpu")
@@ -28,14 +28,13 @@ def batch_of(params, seeds) -> SamplingBatch:
     position=st.integers(0, 2**20),
 )
 def test_draw_is_the_argmax_over_what_the_filters_keep(logits, params, seed, position):
-    """Above all with top-p, where draw() finds the nucleus without a sort."""
     assume(not on_an_edge(logits, params))
     batch = batch_of([params], [seed])
     noise = position_noise(batch, torch.tensor([[position]]), len(logits))
     drawn = draw(logits[None, None], batch, noise)
     perturbed = target_distribution(logits, params).log()
     if noise is not None:
-        perturbed = perturbed + noise[0, 0]
+        perturbed = perturbed + noise.table[0, 0]
     assert int(drawn) == int(perturbed.argmax())
 
 
@@ -75,8 +74,10 @@ def test_greedy_rows_are_unaffected_by_filters_and_neighbours():
 
 def test_equal_scores_without_noise_go_to_the_lowest_id():
     batch = batch_of([SamplingParams(top_p=0.5)], [0])
-    logits, noise = torch.zeros(1, 1, 6), torch.zeros(1, 1, 6)
-    assert int(draw(logits, batch, noise)) == 0
+    key = position_noise(batch, torch.tensor([[3]]), 6)
+    vars(key)["table"] = torch.zeros(1, 1, 6)
+    assert int(draw(torch.zeros(1, 1, 6), batch, key)) == 0
+    assert draw_top(torch.zeros(1, 1, 6), batch, key, None, None, 3).tolist() == [[[0, 1, 2]]]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_draw_changes_neither_its_logits_nor_its_noise():
     batch = batch_of([SamplingParams(temperature=0.8, top_k=3, top_p=0.5, min_p=0.1)], [5])
     logits = torch.randn(1, 2, 30, generator=torch.Generator().manual_seed(3))
     noise = position_noise(batch, torch.tensor([[3, 4]]), 30)
-    before = logits.clone(), noise.clone()
+    before = logits.clone(), noise.table.clone()
     draw(logits, batch, noise)
     assert torch.equal(logits, before[0])
-    assert torch.equal(noise, before[1])
+    assert torch.equal(noise.table, before[1])

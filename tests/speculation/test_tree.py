@@ -106,11 +106,12 @@ def test_grow_gives_every_node_its_rank_of_its_parents_children(shape, seed):
     roots = torch.randint(vocab, (batch,), generator=generator)
     depths = []
 
-    def score(above):
+    def propose(above, count):
         depths.append(1 if above is None else above.depth + 1)
-        return table[roots[:, None] if above is None else above.expanded_tokens]
+        scores = table[roots[:, None] if above is None else above.expanded_tokens]
+        return scores.topk(count).indices
 
-    tokens = grow(shape.tables(CPU), roots, score, lambda ids: ids + 100)  # target ids from 100
+    tokens = grow(shape.tables(CPU), roots, propose, lambda ids: ids + 100)  # target ids from 100
     assert depths == list(range(1, shape.depth + 1))
     for row in range(batch):
         said = {(): int(roots[row])}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from aquiline.core.params import SamplingParams
 from aquiline.kernels import ops
+from aquiline.kernels.reference_sampling import after_rejection
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw, position_noise
 from aquiline.speculation.tree import TreeShape
@@ -90,8 +91,8 @@ def test_coupled_children_are_ranked_by_log_probability_plus_the_coming_noise(re
     logits = torch.randn(2, 2, 4 if reduced else 11, generator=torch.Generator().manual_seed(1))
     rule = RULES["coupled"](RoundNoise(BUSHY.tables(CPU), sampling, positions, 11, ids))
     noise = position_noise(sampling, positions[:, 1:2], 11)
-    expected = logits / 0.5 + (noise if ids is None else noise[..., ids])
-    torch.testing.assert_close(rule.child_scores(logits, 2), expected)
+    expected = logits / 0.5 + (noise.table if ids is None else noise.table[..., ids])
+    assert torch.equal(rule.propose(logits, 2, 3), expected.topk(3).indices)
 
 
 # ------------------------------------------------------------------------------------ multi-round
@@ -110,9 +111,11 @@ def accept_of(shape, tokens, target, draft, rows=1, seed=100):
     def spread(x):
         return x.expand(rows, *x.shape)
 
+    tree = shape.tables(CPU)
+    expanded = torch.cat(tree.expanded_nodes)
     return multi_round.accept(
-        shape.tables(CPU), spread(torch.tensor(tokens)), spread(target), spread(draft),
-        positions, sampling,
+        RoundNoise(tree, sampling, positions, target.shape[-1], None), spread(torch.tensor(tokens)),
+        spread(target).log(), spread(draft).log()[:, expanded],
     )  # fmt: skip
 
 
@@ -191,11 +194,11 @@ def test_multi_round_acceptance_is_the_ratio():
 def test_after_rejection_by_hand():
     residual = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     proposal = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
-    left, remaining = multi_round.after_rejection(residual, proposal, torch.tensor([0]))
+    left, remaining = after_rejection(residual, proposal, torch.tensor([0]))
     torch.testing.assert_close(left, torch.tensor([[0.0, 0.0, 0.25, 0.75]]))
     torch.testing.assert_close(remaining, torch.tensor([[0.0, 0.5, 1 / 3, 1 / 6]]))
     # Nothing left of either: both stay finite.
-    left, remaining = multi_round.after_rejection(one_hot(1), one_hot(1), torch.tensor([1]))
+    left, remaining = after_rejection(one_hot(1), one_hot(1), torch.tensor([1]))
     assert left.tolist() == one_hot(1).tolist()
     assert remaining.tolist() == [[0.0] * 4]
 
@@ -207,7 +210,7 @@ def test_multi_round_children_are_draws_without_replacement():
     positions = torch.zeros(rows, 2, dtype=torch.int64) + 3
     rule = RULES["multi-round"](RoundNoise(SIBLINGS.tables(CPU), sampling, positions, vocab, None))
     probs = torch.tensor([0.1, 0.2, 0.3, 0.4])
-    pairs = rule.child_scores(probs.log().expand(rows, 1, vocab), 1).topk(2).indices[:, 0]
+    pairs = rule.propose(probs.log().expand(rows, 1, vocab), 1, 2)[:, 0]
     for first in range(vocab):
         for second in range(vocab):
             share = float((pairs == torch.tensor([first, second])).all(-1).double().mean())

@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aquiline.sampling.draw import draw, position_noise
-from aquiline.sampling.filters import filtered_scores
+from aquiline.sampling.draw import draw, draw_top, position_noise
 from aquiline.speculation.tree import TreeTables
 from aquiline.speculation.verification.noise import RoundNoise
 from aquiline.speculation.verification.verdict import Verdict, verdict_of
@@ -25,17 +24,16 @@ class Coupled:
         self.round = round_
         self._noise = position_noise(round_.sampling, round_.positions, round_.vocab)
 
-    def child_scores(self, logits: Tensor, depth: int) -> Tensor:
-        """log draft_probs + the noise of the coming draw: likely winners first."""
-        scores = filtered_scores(logits, self.round.sampling)
-        if self._noise is None:
-            return scores
-        return scores + self.round.of_draft(self._noise[:, depth - 1 : depth])
+    def propose(self, logits: Tensor, depth: int, count: int) -> Tensor:
+        """The best of log draft_probs + the noise of the coming draw: likely winners first."""
+        round_ = self.round
+        levels = round_.tree.expanded_depths[depth - 1]
+        return draw_top(logits, round_.sampling, self._noise, levels, round_.draft_ids, count)
 
     def accept(self, tokens: Tensor, logits: Tensor) -> Verdict:
         tree = self.round.tree
-        noise = None if self._noise is None else self._noise[:, tree.depths]
-        return accept(tree, tokens, draw(logits, self.round.sampling, noise))
+        drawn = draw(logits, self.round.sampling, self._noise, tree.depths)
+        return accept(tree, tokens, drawn)
 
 
 def accept(tree: TreeTables, tokens: Tensor, drawn: Tensor) -> Verdict:

@@ -1,4 +1,4 @@
-"""RoundNoise: what keys the randomness of one round, seen through the draft's vocabulary."""
+"""RoundNoise: what keys the randomness of one round."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from aquiline.kernels import ops
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeTables
 
@@ -28,14 +29,7 @@ class RoundNoise:
     vocab: int
     draft_ids: Tensor | None
 
-    def of_draft(self, noise: Tensor) -> Tensor:
-        """Noise [..., V] at the draft's tokens, [..., Vd]."""
-        return noise if self.draft_ids is None else noise[..., self.draft_ids]
-
-    def to_vocab(self, draft_probs: Tensor) -> Tensor:
-        """Draft probabilities [..., Vd] over the target's vocabulary, [..., V]."""
-        if self.draft_ids is None:
-            return draft_probs
-        full = draft_probs.new_zeros(*draft_probs.shape[:-1], self.vocab)
-        full[..., self.draft_ids] = draft_probs
-        return full
+    def key(self, stream: ops.Stream) -> ops.NoiseKey:
+        """The noise of a stream at every depth."""
+        sampling = self.sampling
+        return ops.NoiseKey(sampling.seeds, sampling.choices, self.positions, stream, self.vocab)

@@ -18,10 +18,10 @@ from aquiline.speculation.verification.verdict import Verdict
 class Rule(Protocol):
     """One round of a batch under one rule; used once."""
 
-    def child_scores(self, logits: Tensor, depth: int) -> Tensor:
-        """Draft logits [B, E, Vd] of the expanded nodes -> scores of their children at ``depth``.
+    def propose(self, logits: Tensor, depth: int, count: int) -> Tensor:
+        """Draft logits [B, E, Vd] of the expanded nodes -> their children at ``depth``.
 
-        The best children become nodes, in order. Called once per depth, 1..D.
+        Returns draft ids [B, E, count], distinct in a row, best first. Called once per depth, 1..D.
         """
         ...
 

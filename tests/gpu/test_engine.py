@@ -1,0 +1,100 @@
+"""The engine on the card: graphs, a round in flight, and the CPU's text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from aquiline.core.params import SamplingParams
+from aquiline.engine.llm import LLM
+from tests.engine.test_engine import CHAIN, SHAPES, TREE, assert_idle, mixed_params, prompts, said
+from tests.tiny_checkpoint import write_draft, write_eagle3, write_target
+
+pytestmark = pytest.mark.gpu
+OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "page_size": 16, "max_model_len": 96,
+                           "kv_cache_tokens": 1024}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("gpu")
+    return {
+        "target": write_target(root / "mixed", mix=0.15),
+        "eagle": write_draft(root / "draft"),
+        "eagle3": write_eagle3(root / "eagle3"),
+    }
+
+
+def make(
+    folders: dict[str, Path], shape: dict[str, Any] | None, device: str, **options: Any
+) -> LLM:
+    speculation = None
+    if shape is not None:
+        method = shape.get("method", "eagle")
+        speculation = {"model": str(folders[method]), **shape}
+    options = {**OPTIONS, **options}
+    return LLM(str(folders["target"]), "float32", speculation, device=device, **options)
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fp32_text_is_the_cpus(folders, shape, method):
+    """Greedy and seeded with every filter, requests joining and leaving a batch of four."""
+    chosen = SHAPES[shape]
+    asked, params = prompts(12), mixed_params(12)
+    card = make(folders, None if chosen is None else {**chosen, "method": method}, "cuda")
+    expected = make(folders, None, "cpu").generate(asked, params)
+    got = card.generate(asked, params)
+    assert [said(one) for one in got] == [said(one) for one in expected]
+    again = card.generate(asked, params)
+    assert [said(one) for one in again] == [said(one) for one in expected]
+    card.engine.step()  # what was in flight when the last request ended
+    assert_idle(card)
+
+
+def test_multi_round_runs_in_a_graph(folders):
+    llm = make(folders, {**TREE, "verification": "multi-round"}, "cuda")
+    greedy = [replace(p, temperature=0.0) for p in mixed_params(6)]
+    expected = make(folders, None, "cpu").generate(prompts(6), greedy)
+    assert [said(o) for o in llm.generate(prompts(6), greedy)] == [said(o) for o in expected]
+    llm.generate(prompts(6), mixed_params(6))
+
+
+def test_trees_chosen_by_load(folders):
+    llm = make(folders, {"tree": "auto"}, "cuda", max_num_seqs=8)
+    expected = make(folders, None, "cpu").generate(prompts(12), mixed_params(12))
+    assert [said(o) for o in llm.generate(prompts(12), mixed_params(12))] == [
+        said(o) for o in expected
+    ]
+
+
+def test_preempted_requests_say_the_same(folders):
+    llm = make(folders, CHAIN, "cuda", kv_cache_tokens=128)
+    expected = make(folders, None, "cpu").generate(prompts(8), mixed_params(8))
+    assert [said(o) for o in llm.generate(prompts(8), mixed_params(8))] == [
+        said(o) for o in expected
+    ]
+
+
+def test_steady_rounds_never_wait_for_the_card(folders):
+    """Torch's own detector of synchronising calls is set to raise."""
+    llm = make(folders, CHAIN, "cuda")
+    params = SamplingParams(temperature=0.8, top_p=0.9, seed=1, max_tokens=60, ignore_eos=True)
+    for _ in range(2):
+        ids = [llm.engine.add_request([3, 4, 5], params) for _ in range(4)]
+        for _ in range(4):  # prefill, and capture if it is the first time
+            llm.engine.step()
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(6):
+                llm.engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        for request in ids:
+            llm.engine.abort(request)

@@ -1,0 +1,118 @@
+"""The Triton kernels on the card: against float64, at most twice the error of torch in bf16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aquiline.kernels import ops, reference, reference_sampling
+from aquiline.kernels.noise import NoiseKey, Stream
+
+pytestmark = pytest.mark.gpu
+BF16 = torch.bfloat16
+EPS = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _on_the_card():
+    torch.manual_seed(0)
+    with torch.device("cuda"), torch.inference_mode():
+        yield
+
+
+def check(got: Tensor, definition: Callable[[torch.dtype], Tensor]) -> None:
+    """``definition`` computes the same in a dtype."""
+    real = definition(torch.float64)
+    error = (definition(got.dtype).double() - real).norm()
+    assert (got.double() - real).norm() <= 2 * error + 1e-6 * real.norm()
+
+
+SHAPES = [(1, 6144, 4096), (4, 4096, 4096), (16, 28672, 4096), (33, 4096, 14336), (64, 960, 576),
+          (5, 49152, 576), (8, 576, 1536), (3, 100, 64)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "columns", "width"), SHAPES)
+def test_linear_through_a_norm_and_onto_a_residual(rows, columns, width):
+    stream, delta = torch.randn(1, rows, width, dtype=BF16), torch.randn(1, rows, 64, dtype=BF16)
+    small = torch.randn(width, 64, dtype=BF16) / 8
+    norm = ops.Norm(1 + torch.randn(width, dtype=BF16) / 4, EPS)
+    weight = torch.randn(columns, width, dtype=BF16) * width**-0.5
+    source = ops.residual_linear(delta, small, stream, norm)
+    assert source.scaled is not None
+    x = source.x
+
+    def normed(to: torch.dtype) -> Tensor:
+        return F.rms_norm(x.to(to), (width,), norm.weight.to(to), EPS)
+
+    check(x, lambda to: stream.to(to) + F.linear(delta.to(to), small.to(to)))
+    check(ops.linear(source, weight), lambda to: F.linear(normed(to), weight.to(to)))
+    if columns % 2 == 0:
+        check(
+            ops.gated_linear(source, weight),
+            lambda to: reference.silu_mul(F.linear(normed(to), weight.to(to))),
+        )
+
+
+@pytest.mark.parametrize(("columns", "width"), [(4096, 4096), (28672, 4096), (960, 576)])
+def test_rows_do_not_change_a_result(columns, width):
+    x = torch.randn(1, 64, width, dtype=BF16)
+    weight = torch.randn(columns, width, dtype=BF16) * width**-0.5
+    whole = ops.linear(x, weight)
+    for rows in (1, 3, 16, 17, 40):
+        assert torch.equal(ops.linear(x[:, :rows].contiguous(), weight), whole[:, :rows])
+
+
+CASES = [(1, 4, 32, 8, 128, 3000, "tree"), (3, 33, 32, 8, 128, 700, "tree"),
+         (2, 64, 9, 3, 64, 300, "tree"), (5, 1, 9, 3, 64, 1000, "causal"),
+         (2, 300, 9, 3, 64, 200, "causal"), (1, 700, 32, 8, 128, 0, "causal"),
+         (4, 1, 32, 8, 128, 500, "none")]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize(("batch", "rows", "heads", "kv", "size", "context", "kind"), CASES)
+def test_attention(batch, rows, heads, kv, size, context, kind, dtype):
+    page, columns = 128, (context + rows) // 128 + 2
+    page_table = 1 + torch.randperm(batch * columns).view(batch, columns)
+    lengths = torch.randint(context // 2, context + 1, (batch,))
+    q = torch.randn(batch, rows, heads, size, dtype=dtype)
+    k, v = torch.randn(2, (1 + batch * columns) * page, kv, size, dtype=dtype)
+    mask = None
+    if kind == "tree":
+        mask = (torch.rand(rows, rows) < 0.4) | torch.eye(rows, dtype=torch.bool)
+    where = page_table, page, lengths, 0 if kind == "none" else rows, mask
+    got = ops.tree_attention(q, k, v, *where)
+    check(
+        got,
+        lambda to: (
+            reference.tree_attention(q.to(to), k.to(to), v.to(to), *where)
+            if to == torch.float64
+            else reference.tree_attention(q.double(), k.double(), v.double(), *where).to(to)
+        ),
+    )
+
+
+@pytest.mark.parametrize("vocab", [1000, 32000, 128256])
+def test_draws_are_those_of_the_twin(vocab):
+    """Same noise, same filters, same tokens, on fp32 logits without near ties."""
+    rows, nodes = 6, 4
+    logits = 3 * torch.randn(rows, nodes, vocab)
+    temperature = torch.tensor([0.0, 1.0, 0.7, 1.0, 1.3, 0.5])
+    top_k = torch.tensor([0, 0, 40, 0, 5, 0])
+    top_p = torch.tensor([1.0, 1.0, 1.0, 0.9, 0.8, 1.0])
+    min_p = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 0.1])
+    seeds, choices = torch.arange(rows) * 2**40 + 7, torch.zeros(rows, dtype=torch.int64)
+    positions = torch.arange(rows * 3).view(rows, 3)
+    levels = torch.tensor([0, 1, 1, 2])
+    arguments = logits, temperature, top_k, top_p, min_p
+    floor = ops.score_floor(*arguments)
+    twin = reference_sampling.score_floor(*arguments)
+    torch.testing.assert_close(floor, twin, rtol=1e-5, atol=1e-5)
+    key = NoiseKey(seeds, choices, positions, Stream.DRAW, vocab)
+    for count in (1, 4):
+        got = ops.draw_top(logits, twin, temperature, key, levels, None, count)
+        expected = reference_sampling.draw_top(logits, twin, temperature, key, levels, None, count)
+        assert (got == expected).float().mean() > 0.99

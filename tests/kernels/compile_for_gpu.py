@@ -1,0 +1,46 @@
+"""Compiles the sampling kernels for an H100, on any machine; run by test_triton_compiles.py.
+
+A process of its own, for here triton must not interpret. Prints a line for each kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aquiline.kernels.triton import multi_round, sampling
+
+TARGET = GPUTarget("cuda", 90, 32)
+TYPES = {  # by the names of the arguments; all others are int32
+    "*bf16": ("logits", "target", "draft"),
+    "*fp32": ("floor", "target_floor", "draft_floor", "temperature", "top_p", "min_p", "values",
+              "stats", "target_stats", "draft_stats", "steps", "log_residual"),
+    "*i32": ("indices", "peaks", "target_peaks"),
+    "*i64": ("top_k", "seeds", "choices", "positions", "levels", "token_ids", "drawn", "tokens",
+             "children", "draft_rows", "columns", "leaf", "depth_of_leaf"),
+}  # fmt: skip
+TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names}
+DRAW = {"STREAM": 0, "COUNT": 4, "CHUNK": sampling.CHUNK}
+WALK = {"STREAM": 2, "SIBLINGS": 4, "BLOCK": sampling.ROW_BLOCK}
+VARIANTS = [
+    (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK}),
+    (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK, "nodes": 1}),
+    (sampling._draw_chunk_kernel, 4, DRAW),
+    (sampling._draw_chunk_kernel, 4, {**DRAW, "token_ids": None}),
+    (sampling._draw_chunk_kernel, 4, {**DRAW, "token_ids": None, "levels": None, "floor": None}),
+    (sampling._draw_chunk_kernel, 4, {**DRAW, "seeds": None, "token_ids": None, "nodes": 1}),
+    (sampling._draw_merge_kernel, 4, {"COUNT": 4, "PADDED": 256}),
+    (multi_round._statistics_kernel, 16, {"BLOCK": sampling.ROW_BLOCK}),
+    (multi_round._walk_kernel, 16, WALK),
+    (multi_round._walk_kernel, 16, {**WALK, "columns": None, "draft_floor": None, "nodes": 1}),
+]
+
+for kernel, warps, constants in VARIANTS:
+    signature = {
+        name: "constexpr" if name in constants else TYPE_OF.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={})
+    triton.compile(source, target=TARGET, options={"num_warps": warps})
+    print(kernel.fn.__name__, constants)
