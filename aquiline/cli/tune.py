@@ -30,6 +30,7 @@ from aquiline.speculation.dispatch.dispatcher import tree_pool
 from aquiline.speculation.dispatch.paths import BANDS, Band, PathShares, PathTable
 from aquiline.speculation.dispatch.table import DispatchTable, Provenance
 from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.verification.rules import RULES
 
 TEMPERATURES = (0.0, 0.6, 1.0)  # one for each band
 CACHE_SHARE = 0.6  # of the free memory; the rest is for the round's own tensors
@@ -163,7 +164,7 @@ def _measure_costs(
                 planes = models.planes(pages, PAGE_SIZE)
                 for tree in pool:
                     ms = measure_round_ms(
-                        models, planes, tree, batch, context, rule, repeats=repeats
+                        models, planes, tree, batch, context, RULES[rule], repeats=repeats
                     )
                     points.append(CostPoint(batch, tree.size, tree.depth, batch * context, ms))
                     bar.advance(bar.task_ids[0])

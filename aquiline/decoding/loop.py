@@ -18,6 +18,7 @@ from aquiline.decoding.round import decode_round
 from aquiline.decoding.state import DecodeState
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.verification.rules import RULES
 from aquiline.speculation.verification.verdict import Verdict
 
 PAGE_SIZE = 128
@@ -62,7 +63,13 @@ def decode_prompts(
     while active := tuple(row for row in range(count) if left[row] > 0):
         rows = torch.tensor(active, device=device)
         result = decode_round(
-            models, planes, tree, rule, page_table[rows], state.select(rows), sampling.select(rows)
+            models,
+            planes,
+            tree,
+            RULES[rule],
+            page_table[rows],
+            state.select(rows),
+            sampling.select(rows),
         )
         state.store(rows, result.state)
         emitted, accepted = result.verdict.tokens.tolist(), result.verdict.accepted.tolist()

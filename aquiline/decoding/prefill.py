@@ -8,7 +8,8 @@ from torch import Tensor
 from aquiline.attention.paged import PagedAttention, TreePlan
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.state import DecodeState
-from aquiline.kvcache.pool import KVPlane, slots_at
+from aquiline.kernels import ops
+from aquiline.kvcache.pool import KVPlane
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw, position_noise
 
@@ -37,7 +38,7 @@ def prefill(
     start = torch.zeros_like(counts)
 
     def attention(plane: KVPlane, rows: int) -> PagedAttention:
-        slots = slots_at(page_table, positions[:, :rows], plane.page_size)
+        slots = ops.slots_at(page_table, positions[:, :rows], plane.page_size)
         slots = torch.where(valid[:, :rows], slots, 0)
         return PagedAttention(plane, TreePlan(page_table, start, slots, rows))
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from aquiline.attention.paged import PagedAttention, TreePlan
-from aquiline.core.params import VerificationRule
 from aquiline.decoding.models import DecoderModels, Drafter, Planes
 from aquiline.decoding.state import DecodeState
-from aquiline.kvcache.pool import KVPlane, slots_at
+from aquiline.kernels import ops
+from aquiline.kvcache.pool import KVPlane
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.drafting import DraftedLevel, grow
 from aquiline.speculation.tree import TreeTables
 from aquiline.speculation.verification.noise import RoundNoise
-from aquiline.speculation.verification.rules import RULES, Rule
+from aquiline.speculation.verification.rules import Rule, RuleFactory
 from aquiline.speculation.verification.verdict import Verdict
 
 
@@ -42,7 +42,7 @@ def decode_round(
     models: DecoderModels,
     planes: Planes,
     tree: TreeTables,
-    rule_name: VerificationRule,
+    rule_factory: RuleFactory,
     page_table: Tensor,
     state: DecodeState,
     sampling: SamplingBatch,
@@ -58,12 +58,15 @@ def decode_round(
     vocab = models.target.config.vocab_size
     drafter = models.drafter
     draft_ids = None if drafter is None else drafter.head.token_ids
-    rule = RULES[rule_name](RoundNoise(tree, sampling, after, vocab, draft_ids))
+    rule = rule_factory(RoundNoise(tree, sampling, after, vocab, draft_ids))
 
     tokens = state.roots[:, None]
     if drafter is not None and planes.draft is not None:
         drafting = _Drafting(drafter, planes.draft, tree, rule, page_table, state)
-        tokens = grow(tree, state.roots, drafting.propose, drafter.head.to_target)
+        if tree.shape.depth == 0:  # plain for now: the draft keeps up, for the round that drafts
+            drafting.resync()
+        else:
+            tokens = grow(tree, state.roots, drafting.propose, drafter.head.to_target)
     features, logits = _verify(models, planes.target, tree, page_table, lengths, tokens)
     verdict = rule.accept(tokens, logits)
     _commit_path(planes.target, tree, page_table, lengths, verdict)
@@ -80,7 +83,7 @@ def _verify(
 ) -> tuple[Tensor, Tensor]:
     """The target over the whole tree: what the draft reads of it, and raw logits [B, N, V]."""
     nodes = torch.arange(tree.shape.size, device=lengths.device)
-    slots = slots_at(page_table, lengths[:, None] + nodes, plane.page_size)
+    slots = ops.slots_at(page_table, lengths[:, None] + nodes, plane.page_size)
     if tree.shape.size == 1:
         plan = TreePlan(page_table, lengths + 1, slots, 0)
     else:
@@ -101,9 +104,9 @@ def _commit_path(
     if tree.shape.depth == tree.shape.size - 1:
         return
     start = lengths[:, None]
-    source = slots_at(page_table, start + verdict.path[:, 1:], plane.page_size)
+    source = ops.slots_at(page_table, start + verdict.path[:, 1:], plane.page_size)
     depths = torch.arange(1, tree.shape.depth + 1, device=lengths.device)
-    target = slots_at(page_table, start + depths, plane.page_size)
+    target = ops.slots_at(page_table, start + depths, plane.page_size)
     plane.commit_path(source, target)
 
 
@@ -138,7 +141,7 @@ class _Drafting:
 
     def propose(self, above: DraftedLevel | None, count: int) -> Tensor:
         if above is None:
-            self._features = self._resync()
+            self._features = self.resync()
             depth = 1
         else:
             self._features = self._expand(above)
@@ -151,7 +154,7 @@ class _Drafting:
         hidden: Tensor = self.drafter.draft(embeddings, features, positions, attention)
         return hidden
 
-    def _resync(self) -> Tensor:
+    def resync(self) -> Tensor:
         """Feed the pending pairs; the last one's prediction [B, 1, d] is the root's.
 
         Padding rows (past a request's count) write to the dustbin. The CPU trims them.
@@ -164,7 +167,7 @@ class _Drafting:
         start = state.lengths - state.pending_counts
         valid = columns < counts
         positions = torch.where(valid, start[:, None] + columns, 0)
-        slots = slots_at(self.page_table, positions, self.plane.page_size)
+        slots = ops.slots_at(self.page_table, positions, self.plane.page_size)
         if width == 1:
             plan = TreePlan(self.page_table, start + 1, slots, 0)
         else:
@@ -180,7 +183,7 @@ class _Drafting:
         nodes = tree.expanded_nodes[depth]
         features = self._features[:, above.level.parents[above.level.expanded]]
         positions = (lengths + depth - 1)[:, None].expand(-1, len(nodes))
-        slots = slots_at(self.page_table, lengths[:, None] + nodes - 1, self.plane.page_size)
+        slots = ops.slots_at(self.page_table, lengths[:, None] + nodes - 1, self.plane.page_size)
         if tree.shape.depth == tree.shape.size - 1:  # a chain: what it sees is contiguous
             plan = TreePlan(self.page_table, lengths + depth, slots, 0)
         else:  # every node so far, root aside; those never fed to the draft are nobody's ancestors

@@ -40,7 +40,13 @@ class DecodeState:
             return torch.zeros(shape, dtype=torch.int64, device=device)
 
         features = torch.zeros(rows, pending, width, dtype=dtype, device=device)
-        return cls(zeros(rows), zeros(rows), zeros(rows, pending), features, zeros(rows))
+        counts = torch.ones(rows, dtype=torch.int64, device=device)
+        return cls(zeros(rows), zeros(rows), zeros(rows, pending), features, counts)
+
+    @property
+    def room(self) -> int:
+        """Pending pairs that a row has room for."""
+        return self.pending_tokens.shape[1]
 
     def select(self, rows: Tensor) -> DecodeState:
         """The given rows, copied."""

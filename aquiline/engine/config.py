@@ -57,17 +57,21 @@ class EngineConfig:
                 f"gpu_memory_utilization={self.gpu_memory_utilization}: give a number in (0, 1]"
             )
 
-    def pages(self, max_model_len: int, room: int) -> int:
-        """Pages of the cache, the dustbin included; ``room`` is a tree's nodes.
+    def pages(self, max_model_len: int, room: int, tokens: int | None = None) -> int:
+        """Pages of the cache, the dustbin included.
+
+        Args:
+            room: slots that a round needs past the length.
+            tokens: what the device has memory for, if that is known.
 
         Raises AquilineError if one request of ``max_model_len`` tokens would not fit.
         """
         one_request = math.ceil((max_model_len + room) / self.page_size)
-        default = max(one_request * self.page_size, 32768)
+        default = tokens or max(one_request * self.page_size, 32768)
         pages = math.ceil((self.kv_cache_tokens or default) / self.page_size)
         if pages < one_request:
             raise AquilineError(
-                f"kv_cache_tokens={self.kv_cache_tokens}: one request of max_model_len="
+                f"kv_cache_tokens={self.kv_cache_tokens or tokens}: one request of max_model_len="
                 f"{max_model_len} tokens and its draft tree needs {one_request * self.page_size}; "
                 "raise it or lower max_model_len"
             )

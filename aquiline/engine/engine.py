@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Sequence as Tokens
 
 from aquiline.core.errors import AquilineError
@@ -16,6 +17,7 @@ from aquiline.engine.scheduler import Scheduler, StepTokens
 from aquiline.engine.sequence import Sequence
 from aquiline.kvcache.pages import PageAllocator
 from aquiline.kvcache.table import PageTable
+from aquiline.speculation.verification.rules import RULES
 from aquiline.text.detokenizer import Detokenizer
 
 
@@ -25,24 +27,34 @@ class Engine:
     def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
         self.config, self.tokenizer = config, loaded.tokenizer
         self.max_model_len = loaded.max_model_len
-        room = loaded.tree.size
-        pages = config.pages(self.max_model_len, room)
+        chooser, page_size = loaded.chooser, config.page_size
+        pages = config.pages(self.max_model_len, loaded.room, loaded.kv_cache_tokens)
         self.allocator = PageAllocator(pages)
-        planes = loaded.models.planes(pages, config.page_size)
+        planes = loaded.models.planes(pages, page_size)
         rule = "coupled" if config.speculation is None else config.speculation.verification
-        self.scheduler = Scheduler(config.max_num_seqs, room, loaded.prefill_tokens)
-        self.runner = Runner(loaded.models, planes, loaded.tree, rule, config.max_num_seqs)
+        self.scheduler = Scheduler(config.max_num_seqs, chooser, loaded.prefill_tokens)
+        columns = -(-(self.max_model_len + loaded.room) // page_size)
+        self.runner = Runner(
+            loaded.models, planes, chooser.candidates, RULES[rule], config.max_num_seqs, columns
+        )
+        self._flight: deque[Ticket] = deque()
         self._next_id = 0
 
     def step(self) -> list[RequestOutput]:
-        """One prefill or one round; what it emitted, request by request."""
+        """One prefill or one round; the tokens that are due, request by request."""
         batch = self.scheduler.schedule()
         ticket = self.runner.launch(batch)
         return self.scheduler.settle(self.swap(ticket))
 
-    def swap(self, ticket: Ticket) -> list[StepTokens]:
-        """The tokens that are due in this step: on the CPU, where nothing overlaps, its own."""
-        return self.runner.collect(ticket)
+    def swap(self, ticket: Ticket | None) -> list[StepTokens]:
+        """Put a step's work in flight and return the tokens that are due: on the CPU, where nothing
+        overlaps, its own; on CUDA those of the step before, read while this one runs."""
+        ahead = self.runner.ahead if ticket is not None else 0
+        if ticket is not None:
+            self._flight.append(ticket)
+        if len(self._flight) <= ahead:
+            return []
+        return self.runner.collect(self._flight.popleft())
 
     @property
     def has_work(self) -> bool:

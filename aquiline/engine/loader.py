@@ -16,6 +16,9 @@ from aquiline.models.checkpoint import open_checkpoint
 from aquiline.models.draft_checkpoint import load_draft
 from aquiline.models.llama import Llama, load_llama
 from aquiline.models.registry import resolve, shipped_draft
+from aquiline.speculation.dispatch.default import BatchRule
+from aquiline.speculation.dispatch.dispatcher import OneTree, TreeChooser
+from aquiline.speculation.dispatch.table import DispatchTable
 from aquiline.speculation.tree import TreeShape
 from aquiline.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -25,11 +28,18 @@ PREFILL_TOKENS = {"cpu": 512, "cuda": 16384}
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """Everything an engine needs to start."""
+    """Everything an engine needs to start.
+
+    Attributes:
+        room: slots that a running request needs past its committed length.
+        kv_cache_tokens: what the device has memory for; None on the CPU.
+    """
 
     models: DecoderModels
     tokenizer: Tokenizer
-    tree: TreeShape
+    chooser: TreeChooser
+    room: int
+    kv_cache_tokens: int | None
     max_model_len: int
     prefill_tokens: int
     sampling_defaults: dict[str, object]
@@ -54,20 +64,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def tree_of(speculation: SpeculationParams | None) -> TreeShape:
-    """The tree that the parameters ask for; a root alone without speculation."""
+def chooser_of(speculation: SpeculationParams | None) -> TreeChooser:
+    """What picks the trees that the parameters ask for; a root alone without speculation."""
     if speculation is None:
-        return TreeShape.chain(0)
+        return OneTree(TreeShape.chain(0))
     if speculation.tree == AUTO_TREE:
-        raise AquilineError(
-            "tree='auto': this engine runs one tree and cannot switch yet; give 'chain-3' or "
-            "another tree"
-        )
+        if speculation.dispatch_table is None:
+            return BatchRule(speculation.verification)
+        return DispatchTable.load(speculation.dispatch_table).dispatcher(speculation.verification)
     if isinstance(speculation.tree, str):
-        return TreeShape.named(speculation.tree)
+        return OneTree(TreeShape.named(speculation.tree))
     if speculation.tree is not None:
-        return TreeShape.of(speculation.tree)
-    return TreeShape.chain(speculation.num_speculative_tokens or DEFAULT_CHAIN)
+        return OneTree(TreeShape.of(speculation.tree))
+    return OneTree(TreeShape.chain(speculation.num_speculative_tokens or DEFAULT_CHAIN))
 
 
 def load(config: EngineConfig) -> LoadedModel:
@@ -82,9 +91,11 @@ def load(config: EngineConfig) -> LoadedModel:
         raise AquilineError(
             f"max_model_len={max_model_len}: the model's context is {context}; give at most that"
         )
-    tree = tree_of(config.speculation)
-    config.pages(max_model_len, tree.size)  # refuse a cache that is too small before loading
-    positions = max_model_len + tree.size
+    chooser = chooser_of(config.speculation)
+    # One round's tree, and what a round in flight may still commit.
+    room = 2 * max(tree.size for tree in chooser.candidates)
+    config.pages(max_model_len, room)  # refuse a cache that is too small before loading
+    positions = max_model_len + room
     target = load_llama(checkpoint, dtype, device, positions)
     drafter = None
     if config.speculation is not None:
@@ -92,9 +103,19 @@ def load(config: EngineConfig) -> LoadedModel:
     models = DecoderModels(target, drafter)
     models.pack()
     return LoadedModel(
-        models, load_tokenizer(path), tree, max_model_len, PREFILL_TOKENS[device.type],
+        models, load_tokenizer(path), chooser, room, _kv_cache_tokens(config, models),
+        max_model_len, PREFILL_TOKENS[device.type],
         _sampling_defaults(checkpoint.generation_config),
     )  # fmt: skip
+
+
+def _kv_cache_tokens(config: EngineConfig, models: DecoderModels) -> int | None:
+    """What fits beside the weights in this share of the card; None on the CPU."""
+    if models.device.type != "cuda":
+        return None
+    total = torch.cuda.get_device_properties(models.device).total_memory
+    left = config.gpu_memory_utilization * total - torch.cuda.memory_allocated(models.device)
+    return max(0, int(left) // models.bytes_per_token())
 
 
 def _drafter(

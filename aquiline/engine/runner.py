@@ -1,4 +1,8 @@
-"""Runner: turns a scheduled batch into device work, and the device's answer into tokens."""
+"""Runner: turns a scheduled batch into device work, and the device's answer into tokens.
+
+On CUDA a round is one replay of a captured graph and nothing waits for it: the tokens are copied to
+pinned memory behind it and read one step later. On the CPU the same round runs eagerly.
+"""
 
 from __future__ import annotations
 
@@ -8,102 +12,210 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aquiline.core.params import VerificationRule
+from aquiline.decoding.graph import RoundGraph
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.prefill import prefill
-from aquiline.decoding.round import decode_round
-from aquiline.decoding.state import DecodeState
+from aquiline.decoding.rows import DeviceRows, advance
 from aquiline.engine.scheduler import Batch, StepTokens
 from aquiline.engine.sequence import Sequence
 from aquiline.sampling.batch import SamplingBatch
-from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.dispatch.dispatcher import BATCH_BUCKETS
+from aquiline.speculation.tree import TreeShape, TreeTables
+from aquiline.speculation.verification.rules import RuleFactory
+
+IN_FLIGHT = 3  # host buffers in turn: one being read, one under way, one being filled
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """Work in flight: for each sequence ``accepted`` [B] draft tokens plus one, in ``tokens``.
+    """Work in flight.
 
-    ``accepted`` is -1 for a prefill, which drew one token.
+    Attributes:
+        sequences: with the epoch each had at launch; one that was preempted since is not served.
+        emitted: [B, 1 + D + 1] in host memory, see decoding.rows; a prefill accepted -1.
+        tree: what was verified; None for a prefill.
+        done: on CUDA, recorded behind the copy to ``emitted``.
     """
 
-    sequences: tuple[Sequence, ...]
-    tokens: Tensor
-    accepted: Tensor
+    sequences: tuple[tuple[Sequence, int], ...]
+    emitted: Tensor
+    tree: TreeShape | None
+    done: torch.cuda.Event | None
 
 
 class Runner:
-    """The models, their cache, and the decode state of every row."""
+    """The models, their cache, and the rows of the running requests.
+
+    Attributes:
+        ahead: tickets that may be in flight while the next one is launched.
+    """
 
     def __init__(
         self,
         models: DecoderModels,
         planes: Planes,
-        shape: TreeShape,
-        rule: VerificationRule,
+        trees: Items[TreeShape],
+        rule: RuleFactory,
         rows: int,
+        columns: int,
     ) -> None:
         self.models, self.planes, self.rule = models, planes, rule
-        self.tree = shape.tables(models.device)
-        width = models.feature_size
-        self.state = DecodeState.empty(rows, shape.depth + 1, width, models.dtype, models.device)
+        self.trees: tuple[TreeTables, ...] = tuple(tree.tables(models.device) for tree in trees)
+        pending = max(tree.depth for tree in trees) + 1
+        self.rows = DeviceRows.empty(rows, columns, pending, models)
+        self.cuda = models.device.type == "cuda"
+        self.ahead = 1 if self.cuda else 0
+        self._pages = [self._pinned(rows + 1, columns) for _ in range(IN_FLIGHT)]
+        self._pool = torch.cuda.graph_pool_handle() if self.cuda else None
+        self._graphs: dict[tuple[int, int], RoundGraph] = {}
+        self._buffers: dict[tuple[int, ...], list[Tensor]] = {}
         self._sampling: tuple[tuple[Sequence, ...], SamplingBatch] | None = None
 
-    def launch(self, batch: Batch) -> Ticket:
-        """Enqueue the batch's work; nothing is read back."""
-        return self._prefill(batch.prefills) if batch.prefills else self._round(batch.decodes)
+    def warm_up(self, batches: Items[int] = (1,)) -> None:
+        """Capture the graphs of these batch sizes and every tree, so that no request waits."""
+        if self.cuda:
+            for batch in batches:
+                for tree in range(len(self.trees)):
+                    self._graph(bucket_of(batch, self.rows.padding), tree)
+
+    def launch(self, batch: Batch) -> Ticket | None:
+        """Enqueue the batch's work; nothing is read back. None if there is none."""
+        if batch.prefills:
+            return self._prefill(batch.prefills)
+        return self._round(batch.decodes, batch.tree) if batch.decodes else None
 
     def collect(self, ticket: Ticket) -> list[StepTokens]:
-        """Read a ticket's tokens and commit its pages' lengths."""
-        emitted = []
-        tree_nodes, depth = self.tree.shape.size - 1, self.tree.shape.depth
-        rows = zip(ticket.sequences, ticket.tokens.tolist(), ticket.accepted.tolist(), strict=True)
-        for sequence, tokens, accepted in rows:
-            if accepted < 0:  # a prefill: the prompt is committed, one token was drawn
-                sequence.table.append(len(sequence.tokens))
-                emitted.append(StepTokens(sequence, (tokens[0],), (0,)))
+        """Wait for a ticket, and commit what it did for the sequences that still want it."""
+        if ticket.done is not None:
+            ticket.done.synchronize()
+        served = []
+        for (sequence, epoch), (accepted, *tokens) in zip(
+            ticket.sequences, ticket.emitted.tolist(), strict=False
+        ):
+            if sequence.epoch != epoch:
                 continue
-            sequence.table.append(accepted + 1)
-            sequence.record_round(accepted, tree_nodes, depth)
+            if ticket.tree is None:  # the prompt is committed, one token was drawn
+                sequence.arrived(len(sequence.tokens))
+                served.append(StepTokens(sequence, (tokens[0],), (0,)))
+                continue
+            sequence.arrived(accepted + 1, ticket.tree.depth + 1)
+            sequence.record_round(accepted, ticket.tree.size - 1, ticket.tree.depth)
             depths = (*range(1, accepted + 1), 0)
-            emitted.append(StepTokens(sequence, tuple(tokens[: accepted + 1]), depths))
-        return emitted
+            served.append(StepTokens(sequence, tuple(tokens[: accepted + 1]), depths))
+        return served
+
+    # ---------------------------------------------------------------------------------- launching
 
     def _prefill(self, sequences: tuple[Sequence, ...]) -> Ticket:
         prompts = [sequence.tokens for sequence in sequences]
-        tokens = self._tensor(_padded(prompts))
-        counts = self._tensor([len(prompt) for prompt in prompts])
+        self._update_pages(sequences)
+        rows = self._tensor([sequence.row for sequence in sequences])
+        for sequence in sequences:
+            assert sequence.row is not None
+            self.rows.sampling.set(sequence.row, sequence.request.params, sequence.request.seed)
+            sequence.launched(len(sequence.tokens))
         state = prefill(
-            self.models, self.planes, self._page_table(sequences), tokens, counts,
-            self._sampling_of(sequences),
+            self.models, self.planes, self.rows.page_table.index_select(0, rows),
+            self._tensor(_padded(prompts)), self._tensor([len(prompt) for prompt in prompts]),
+            self._sampling_of(sequences, rows),
         )  # fmt: skip
-        self.state.store(self._rows(sequences), state)
-        return Ticket(sequences, state.roots[:, None], torch.full_like(counts, -1))
+        self.rows.state.store(rows, state)
+        emitted = torch.stack((torch.full_like(state.roots, -1), state.roots), dim=1)
+        return self._ticket(sequences, emitted, None)
 
-    def _round(self, sequences: tuple[Sequence, ...]) -> Ticket:
-        rows = self._rows(sequences)
-        result = decode_round(
-            self.models, self.planes, self.tree, self.rule, self._page_table(sequences),
-            self.state.select(rows), self._sampling_of(sequences),
-        )  # fmt: skip
-        self.state.store(rows, result.state)
-        return Ticket(sequences, result.verdict.tokens, result.verdict.accepted)
+    def _round(self, sequences: tuple[Sequence, ...], tree: int) -> Ticket:
+        self._update_pages(sequences)
+        tables = self.trees[tree]
+        for sequence in sequences:
+            sequence.launched(tables.shape.depth + 1)
+        index = [sequence.row for sequence in sequences]
+        if self.cuda:
+            size = bucket_of(len(index), self.rows.padding)
+            rows = self._buffer("rows", size)
+            rows.copy_(torch.tensor(index + [self.rows.padding] * (size - len(index))))
+            emitted = self._graph(size, tree).replay(rows)
+        else:
+            rows = self._tensor(index)
+            sampling = self._sampling_of(sequences, rows)
+            emitted = advance(
+                self.models, self.planes, tables, self.rule, self.rows, rows, sampling
+            )
+        return self._ticket(sequences, emitted, tables.shape)
 
-    def _sampling_of(self, sequences: tuple[Sequence, ...]) -> SamplingBatch:
-        """The batch's parameters; rebuilt only when the batch changed."""
+    def _graph(self, size: int, tree: int) -> RoundGraph:
+        if (size, tree) not in self._graphs:
+
+            def round_(rows: Tensor) -> Tensor:
+                return advance(
+                    self.models, self.planes, self.trees[tree], self.rule, self.rows, rows,
+                    self.rows.sampling.select(rows),
+                )  # fmt: skip
+
+            self._graphs[size, tree] = RoundGraph(
+                round_, size, self.rows.padding, self.models.device, self._pool
+            )
+        return self._graphs[size, tree]
+
+    def _ticket(
+        self, sequences: tuple[Sequence, ...], emitted: Tensor, tree: TreeShape | None
+    ) -> Ticket:
+        entries = tuple((sequence, sequence.epoch) for sequence in sequences)
+        if not self.cuda:
+            return Ticket(entries, emitted, tree, None)
+        host = self._buffer("emitted", *emitted.shape)
+        host.copy_(emitted, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return Ticket(entries, host, tree, done)
+
+    # ------------------------------------------------------------------------------ host to device
+
+    def _update_pages(self, sequences: Items[Sequence]) -> None:
+        """Send the page table if a sequence's pages changed since it was sent."""
+        changed = [sequence for sequence in sequences if sequence.pages_changed()]
+        if not changed:
+            return
+        self._pages.append(self._pages.pop(0))
+        host = self._pages[-1]
+        host.copy_(self._pages[-2])
+        for sequence in changed:
+            assert sequence.row is not None
+            pages = sequence.table.pages
+            host[sequence.row, : len(pages)] = torch.tensor(pages)
+        self.rows.page_table.copy_(host, non_blocking=True)
+
+    def _sampling_of(self, sequences: tuple[Sequence, ...], rows: Tensor) -> SamplingBatch:
+        """The batch's parameters. On the CPU with flags that let it skip work; kept while the batch
+        is the same."""
+        if self.cuda:
+            return self.rows.sampling.select(rows)
         if self._sampling is None or self._sampling[0] != sequences:
             params = [sequence.request.params for sequence in sequences]
             seeds = [sequence.request.seed for sequence in sequences]
             self._sampling = sequences, SamplingBatch.of(params, seeds, self.models.device)
         return self._sampling[1]
 
-    def _page_table(self, sequences: Items[Sequence]) -> Tensor:
-        return self._tensor(_padded([sequence.table.pages for sequence in sequences]))
+    def _pinned(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, pin_memory=self.cuda)
 
-    def _rows(self, sequences: Items[Sequence]) -> Tensor:
-        return self._tensor([sequence.row for sequence in sequences])
+    def _buffer(self, *key: object) -> Tensor:
+        """A pinned tensor that no ticket in flight uses; the key ends in its shape."""
+        shape = tuple(size for size in key if isinstance(size, int))
+        ring = self._buffers.setdefault((hash(key[0]), *shape), [])
+        if len(ring) < IN_FLIGHT:
+            ring.append(self._pinned(*shape))
+        else:
+            ring.append(ring.pop(0))
+        return ring[-1]
 
     def _tensor(self, values: object) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.models.device)
+        host = torch.tensor(values, dtype=torch.int64, pin_memory=self.cuda)
+        return host.to(self.models.device, non_blocking=True)
+
+
+def bucket_of(count: int, largest: int) -> int:
+    """The batch size that serves ``count`` rows; ``largest`` is the engine's own limit."""
+    return next((size for size in BATCH_BUCKETS if count <= size < largest), largest)
 
 
 def _padded(lists: list[list[int]]) -> list[list[int]]:

@@ -16,14 +16,18 @@ from dataclasses import dataclass
 from aquiline.core.outputs import RequestOutput
 from aquiline.engine.sequence import Sequence
 from aquiline.kvcache.pages import OutOfPages
+from aquiline.speculation.dispatch.dispatcher import TreeChooser
+from aquiline.speculation.dispatch.paths import band_of
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's work: prompts to prefill, or running sequences to advance by one round."""
+    """One step's work: prompts to prefill, or running sequences to advance by one round of a tree
+    (an index among the chooser's candidates)."""
 
     prefills: tuple[Sequence, ...] = ()
     decodes: tuple[Sequence, ...] = ()
+    tree: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,12 @@ class StepTokens:
 
 
 class Scheduler:
-    """``room`` is the tree's size: slots that every round needs past the length."""
+    """``chooser`` picks the tree; ``room``, the largest one's size, are the slots that a round
+    needs past the length."""
 
-    def __init__(self, max_num_seqs: int, room: int, prefill_tokens: int) -> None:
-        self.room, self.prefill_tokens = room, prefill_tokens
+    def __init__(self, max_num_seqs: int, chooser: TreeChooser, prefill_tokens: int) -> None:
+        self.chooser, self.prefill_tokens = chooser, prefill_tokens
+        self.room = max(tree.size for tree in chooser.candidates)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self._rows = list(range(max_num_seqs - 1, -1, -1))  # free rows, lowest last
@@ -61,14 +67,22 @@ class Scheduler:
         prefills = tuple(self._admit())
         if prefills:
             return Batch(prefills=prefills)
-        for sequence in list(self.running):
+        active = [sequence for sequence in self.running if not sequence.will_end]
+        for sequence in active:
             while sequence.row is not None:
                 try:
-                    _reserve(sequence, self.room)
+                    _reserve(sequence, sequence.ahead + self.room)
                     break
                 except OutOfPages:
                     self._preempt(self.running[-1])
-        return Batch(decodes=tuple(self.running))
+        decodes = tuple(sequence for sequence in active if sequence.row is not None)
+        return Batch(decodes=decodes, tree=self._choose(decodes) if decodes else 0)
+
+    def _choose(self, decodes: tuple[Sequence, ...]) -> int:
+        tokens = sum(sequence.table.length + sequence.ahead for sequence in decodes)
+        temperatures = sorted(sequence.request.params.temperature for sequence in decodes)
+        band = band_of(temperatures[len(temperatures) // 2])
+        return self.chooser.choose(len(decodes), tokens, band)
 
     def _admit(self) -> Iterator[Sequence]:
         """Waiting sequences in order while rows, pages and the prefill budget last."""
@@ -97,8 +111,7 @@ class Scheduler:
         assert sequence.row is not None
         self.running.remove(sequence)
         self._rows.append(sequence.row)
-        sequence.row = None
-        sequence.table.free()
+        sequence.leave()
 
     def settle(self, emitted: list[StepTokens]) -> list[RequestOutput]:
         """Append what a step emitted; sequences that ended leave."""

@@ -29,6 +29,10 @@ class Sequence:
         self.request, self.table, self.detokenizer = request, table, detokenizer
         self.end_tokens, self.max_tokens = end_tokens, max_tokens
         self.row: int | None = None  # its row of the decode state, while running
+        self.epoch = 0  # counts its stays on a row; work launched in an earlier one is void
+        self.ahead = 0  # tokens that work in flight may commit, at most
+        self.tickets = 0  # pieces of work in flight; each says one token at least
+        self._pages_sent = 0
         self.output: list[int] = []
         self.depths: list[int] = []
         self.finish_reason: FinishReason | None = None
@@ -39,6 +43,35 @@ class Sequence:
     def tokens(self) -> list[int]:
         """Prompt and output: what a preempted sequence is prefilled with."""
         return [*self.request.prompt_token_ids, *self.output]
+
+    def launched(self, tokens: int) -> None:
+        """Work is in flight that commits ``tokens`` at most."""
+        self.ahead += tokens
+        self.tickets += 1
+
+    def arrived(self, tokens: int, expected: int | None = None) -> None:
+        """Work launched for ``expected`` tokens at most has committed ``tokens``."""
+        self.ahead -= tokens if expected is None else expected
+        self.tickets -= 1
+        self.table.append(tokens)
+
+    def leave(self) -> None:
+        """Stop running: pages are free at once, work in flight is void."""
+        self.epoch += 1
+        self.row = None
+        self.ahead = self.tickets = self._pages_sent = 0
+        self.table.free()
+
+    @property
+    def will_end(self) -> bool:
+        """Whether work in flight reaches the length limit for sure."""
+        return len(self.output) + self.tickets >= self.max_tokens
+
+    def pages_changed(self) -> bool:
+        """Whether pages were added since the last call."""
+        changed = len(self.table.pages) != self._pages_sent
+        self._pages_sent = len(self.table.pages)
+        return changed
 
     def record_round(self, accepted: int, drafted: int, depth: int) -> None:
         """Count one round that accepted ``accepted`` of ``drafted`` nodes, ``depth`` deep."""

@@ -13,16 +13,18 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from aquiline.core.params import SamplingParams, VerificationRule
+from aquiline.core.params import SamplingParams
+from aquiline.decoding.graph import RoundGraph
 from aquiline.decoding.models import DecoderModels, Planes
-from aquiline.decoding.round import decode_round
-from aquiline.decoding.state import DecodeState
-from aquiline.sampling.batch import SamplingBatch
+from aquiline.decoding.rows import DeviceRows, advance
 from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.verification.rules import RULES, RuleFactory
 
 PAGE_SIZE = 128
 WARM_UP, LEAST_REPEATS = 2, 3
+IN_A_ROW = 5
 TYPICAL_TOKENS = 3  # a round's, so pairs that wait to be fed to the draft
 
 
@@ -39,18 +41,21 @@ def available_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+@torch.inference_mode()
 def measure_round_ms(
     models: DecoderModels,
     planes: Planes,
     tree: TreeShape,
     batch: int,
     context: int,
-    rule: VerificationRule = "coupled",
+    rule: RuleFactory = RULES["coupled"],
     temperature: float = 0.0,
     repeats: int = 20,
     seconds: float = 2.0,
 ) -> float:
     """Median milliseconds of one round of ``batch`` requests with ``context`` cached tokens each.
+
+    On CUDA the captured graph, replayed back to back as the engine does.
 
     Args:
         planes: a cache of at least ``pages_of(tree, batch, context)`` pages.
@@ -59,53 +64,67 @@ def measure_round_ms(
     device = models.device
     tables = tree.tables(device)
     pages = (pages_of(tree, batch, context, planes.target.page_size) - 1) // batch
-    page_table = 1 + torch.arange(batch * pages, device=device).view(batch, pages)
-    params = SamplingParams(temperature=temperature)
-    sampling = SamplingBatch.of([params] * batch, range(batch), device)
-    state = _synthetic_state(models, tree, batch, context)
+    rows = _synthetic_rows(models, tree, batch, context, pages, temperature)
+    index = torch.arange(batch, device=device)
+    sampling = rows.sampling.select(index)
 
-    def one_round() -> None:
-        decode_round(models, planes, tables, rule, page_table, state, sampling)
+    def one_round(index: Tensor) -> Tensor:
+        return advance(models, planes, tables, rule, rows, index, sampling)
 
+    def again() -> None:
+        rows.state.lengths[:batch].fill_(context)
+        if graph is None:
+            one_round(index)
+        else:
+            graph.replay(index)
+
+    graph = None
+    if device.type == "cuda":
+        graph = RoundGraph(one_round, batch, rows.padding, device)
     for _ in range(WARM_UP):
-        one_round()
+        again()
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < repeats:
-        times.append(_milliseconds(one_round, device))
+        times.append(_milliseconds(again, device))
         if len(times) >= LEAST_REPEATS and time.perf_counter() - started > seconds:
             break
     return statistics.median(times)
 
 
-def _synthetic_state(
-    models: DecoderModels, tree: TreeShape, batch: int, context: int
-) -> DecodeState:
+def _synthetic_rows(
+    models: DecoderModels, tree: TreeShape, batch: int, context: int, pages: int, temperature: float
+) -> DeviceRows:
     """Random roots and pending pairs, ``context`` committed tokens a row."""
-    device, config = models.device, models.target.config
-    generator = torch.Generator().manual_seed(0)
+    device, vocab = models.device, models.target.config.vocab_size
     pending = tree.depth + 1
-    tokens = torch.randint(config.vocab_size, (batch, pending), generator=generator)
-    features = torch.randn(batch, pending, config.hidden_size, generator=generator)
-    counts = torch.full((batch,), min(pending, TYPICAL_TOKENS), device=device)
-    return DecodeState(
-        lengths=torch.full((batch,), context, device=device),
-        roots=tokens[:, 0].to(device),
-        pending_tokens=tokens.to(device),
-        pending_features=features.to(device, models.dtype),
-        pending_counts=counts,
-    )
+    rows = DeviceRows.empty(batch, pages, pending, models)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab, (batch, pending), generator=generator).to(device)
+    features = torch.randn(batch, pending, models.feature_size, generator=generator)
+    rows.page_table[:batch] = 1 + torch.arange(batch * pages, device=device).view(batch, pages)
+    state = rows.state
+    state.lengths[:batch] = context
+    state.roots[:batch] = tokens[:, 0]
+    state.pending_tokens[:batch] = tokens
+    state.pending_features[:batch] = features.to(device, models.dtype)
+    state.pending_counts[:batch] = min(pending, TYPICAL_TOKENS)
+    params = SamplingParams(temperature=temperature)
+    for row in range(batch):
+        rows.sampling.set(row, params, row)
+    return rows
 
 
 def _milliseconds(work: Callable[[], None], device: torch.device) -> float:
-    """Of one call: between CUDA events, or by the clock."""
+    """Of one call: by the clock, or on CUDA of several in a row between events."""
     if device.type != "cuda":
         started = time.perf_counter()
         work()
         return (time.perf_counter() - started) * 1e3
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
-    work()
+    for _ in range(IN_A_ROW):
+        work()
     end.record()
     end.synchronize()
-    return float(start.elapsed_time(end))
+    return float(start.elapsed_time(end)) / IN_A_ROW

@@ -30,7 +30,7 @@ __all__ = [
     "NoiseKey", "Norm", "Normed", "PackedWeight", "Stream", "draw_top", "gated_linear",
     "gumbel_noise", "linear", "move_kv", "multi_round_accept", "pack_weight", "philox",
     "plan_attention", "probabilities", "residual_linear", "rms_norm", "rotary", "rotary_write",
-    "scaled_scores", "score_floor", "silu_mul", "tree_attention", "uniform_noise",
+    "scaled_scores", "score_floor", "silu_mul", "slots_at", "tree_attention", "uniform_noise",
 ]  # fmt: skip
 
 SKINNY_ROWS = 64  # rows of x up to which reading the weight is all the work
@@ -157,6 +157,13 @@ def rotary_write(
     if _fast(heads):
         return elementwise.rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
     return reference.rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
+
+
+def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """Slots [B, T] of positions [B, T] through page_table [B, M]."""
+    if positions.is_cuda:
+        return elementwise.slots_at(page_table, positions, page_size)
+    return reference.slots_at(page_table, positions, page_size)
 
 
 def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:

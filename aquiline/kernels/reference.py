@@ -115,5 +115,10 @@ def rotary_write(
     return turned[:, :, :-kv_heads]
 
 
+def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    pages = torch.gather(page_table, 1, positions // page_size)
+    return pages * page_size + positions % page_size
+
+
 def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:
     cache.index_copy_(2, target.flatten(), cache.index_select(2, source.flatten()))

@@ -56,9 +56,3 @@ class KVPlane:
         self.data[:, :, target * size : (target + 1) * size] = self.data[
             :, :, source * size : (source + 1) * size
         ]
-
-
-def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """Slots of positions [B, T] through page_table [B, M]."""
-    pages = torch.gather(page_table, 1, positions // page_size)
-    return pages * page_size + positions % page_size

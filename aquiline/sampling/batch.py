@@ -55,6 +55,15 @@ class SamplingBatch:
             filtered=not on_cpu or any(p.top_k or p.top_p < 1 or p.min_p for p in sampled),
         )
 
+    def set(self, row: int, params: SamplingParams, seed: int) -> None:
+        """Overwrite one row, in place; the flags stay."""
+        values = {
+            "temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p,
+            "min_p": params.min_p, "seeds": seed, "choices": 0,
+        }  # fmt: skip
+        for name, value in values.items():
+            getattr(self, name)[row].fill_(value)
+
     def select(self, rows: Tensor) -> SamplingBatch:
         """The given rows; the flags stay those of the whole batch."""
         columns = ("temperature", "top_k", "top_p", "min_p", "seeds", "choices")

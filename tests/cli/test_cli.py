@@ -143,7 +143,6 @@ BAD = {
     "tree without a parent": (DRAFTED + "draft --tree [[0],[1,0]]", "tree: path [1, 0]"),
     "tree of strings": (DRAFTED + 'draft --tree [["x"]]', "tree="),
     "unknown tree": (DRAFTED + "draft --tree oak", "tree='oak'"),
-    "automatic tree": (DRAFTED + "draft --tree auto", "tree='auto': this engine runs one tree"),
     "endless chain": (DRAFTED + "draft --tree chain-500", "tree="),
     "malformed line": (
         "train --target {root}/target --data {root}/bad.jsonl --out {out}", "bad.jsonl:31: "

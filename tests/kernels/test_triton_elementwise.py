@@ -50,3 +50,11 @@ def test_move_kv_moves_as_if_at_once():
     reference.move_kv(expected, source, target)
     elementwise.move_kv(cache, source, target)
     assert torch.equal(cache, expected)
+
+
+def test_slots_at():
+    page_table = torch.randperm(40)[:12].view(2, 6)
+    positions = torch.randint(6 * 8, (2, 5))
+    assert torch.equal(
+        elementwise.slots_at(page_table, positions, 8), reference.slots_at(page_table, positions, 8)
+    )

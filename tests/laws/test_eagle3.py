@@ -83,9 +83,9 @@ def test_drafts_are_those_of_the_equations(tree, foreseen, variant, monkeypatch)
 
     real_grow = round_module.grow
     monkeypatch.setattr(round_module, "grow", recording_grow)
-    monkeypatch.setattr(round_module, "RULES", {"coupled": agreeable_rule(shape, foreseen)})
     prompts = _prompts([4, 1, 5], seed=8)
-    decoded = decode(models, prompts, COUNT, shape, [GREEDY] * 3, range(3))
+    rule = agreeable_rule(shape, foreseen)
+    decoded = decode(models, prompts, COUNT, shape, [GREEDY] * 3, range(3), rule)
     tables = shape.tables(torch.device("cpu"))
     expanded = [[()]]
     for depth in range(1, shape.depth):

@@ -228,9 +228,9 @@ def test_drafts_are_those_of_a_draft_without_cache(tree, foreseen, monkeypatch):
     real_grow = round_module.grow
     monkeypatch.setattr(round_module, "grow", recording_grow)
 
-    monkeypatch.setattr(round_module, "RULES", {"coupled": agreeable_rule(shape, foreseen)})
     count = 4 if foreseen == 0 else 10
-    decoded = decode(models, prompts, count, shape, [GREEDY] * 4, range(4))
+    rule = agreeable_rule(shape, foreseen)
+    decoded = decode(models, prompts, count, shape, [GREEDY] * 4, range(4), rule)
     said = [prompt + text for prompt, text in zip(prompts, decoded.texts, strict=True)]
     for row, text in enumerate(said):
         known = len(prompts[row]) + 1

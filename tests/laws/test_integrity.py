@@ -15,8 +15,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from aquiline.kernels import ops
 from aquiline.kvcache.pages import OutOfPages, PageAllocator
-from aquiline.kvcache.pool import KVPlane, PlaneShape, slots_at
+from aquiline.kvcache.pool import KVPlane, PlaneShape
 from aquiline.kvcache.table import PageTable
 from aquiline.speculation.tree import TreeShape
 
@@ -183,7 +184,7 @@ class Pages(RuleBasedStateMachine):
     def _slots(self, sequence: Sequence, offsets, start: int | None = None):
         start = sequence.table.length if start is None else start
         table = torch.tensor([sequence.table.pages])
-        return slots_at(table, start + offsets[None], self.page_size)[0]
+        return ops.slots_at(table, start + offsets[None], self.page_size)[0]
 
     def _cache(self, slots, keys):
         self.plane.data[:, 0, slots, 0, 0] = keys

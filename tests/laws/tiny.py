@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from aquiline.attention.packed import PackedAttention
 from aquiline.core.params import SamplingParams, VerificationRule
-from aquiline.decoding import round as round_module
 from aquiline.decoding.models import DecoderModels, Drafter, Planes
 from aquiline.decoding.prefill import prefill
 from aquiline.decoding.round import decode_round
@@ -28,6 +27,7 @@ from aquiline.models.eagle3 import random_eagle3
 from aquiline.models.llama import Llama
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.verification.rules import RULES, RuleFactory
 from aquiline.speculation.verification.verdict import verdict_of
 
 CPU = torch.device("cpu")
@@ -161,7 +161,7 @@ def oracle_text(
 def agreeable_rule(shape: TreeShape, foreseen: int) -> type:
     """A rule that accepts ``foreseen`` levels where the tree has them, drafted right or wrong."""
 
-    class Agreeable(round_module.RULES["coupled"]):  # type: ignore[misc, name-defined]
+    class Agreeable(RULES["coupled"]):  # type: ignore[misc, name-defined]
         """Walks to a node of depth ``foreseen`` (the last listed), then draws."""
 
         def accept(self, tokens, logits):
@@ -195,7 +195,7 @@ def decode(
     shape: TreeShape,
     params: Sequence[SamplingParams],
     seeds: Sequence[int],
-    rule: VerificationRule = "coupled",
+    rule: VerificationRule | RuleFactory = "coupled",
     page_size: int = 4,
     page_seed: int = 0,
     watch: Callable[[Planes, Tensor, DecodeState], None] | None = None,
@@ -225,6 +225,7 @@ def decode(
     texts = [[token] for token in first.roots.tolist()]
     accepted: list[list[int]] = [[] for _ in prompts]
     tree = shape.tables(CPU)
+    factory = RULES[rule] if isinstance(rule, str) else rule
     while min(map(len, texts)) < count:
         # A row that is far ahead would leave its pages: it stops and the rest go on.
         left = [row for row in range(rows) if len(texts[row]) < count]
@@ -233,7 +234,7 @@ def decode(
         if watch is not None:
             watch(planes, page_table[index], state.select(index))
         result = decode_round(
-            models, planes, tree, rule, page_table[index], state.select(index), part
+            models, planes, tree, factory, page_table[index], state.select(index), part
         )
         state.store(index, result.state)
         verdict = zip(left, result.verdict.tokens.tolist(), result.verdict.accepted.tolist(),

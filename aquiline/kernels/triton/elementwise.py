@@ -141,3 +141,28 @@ def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:
         cache, source.contiguous(), target.contiguous(), cache.stride(1), SLOT=width, BLOCK=block,
         COLUMNS=columns, PDL=dependent_launch(), **options(4),
     )  # fmt: skip
+
+
+@triton.jit
+def _slots_at(page_table, positions, out, table_stride, columns, PAGE: tl.constexpr,
+              BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    begin(PDL)
+    request = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = column < columns
+    position = tl.load(positions + request * columns + column, mask=ok, other=0)
+    page = tl.load(page_table + request * table_stride + position // PAGE, mask=ok, other=0)
+    tl.store(out + request * columns + column, page * PAGE + position % PAGE, mask=ok)
+
+
+def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """See ops.slots_at."""
+    batch, columns = positions.shape
+    positions = positions.contiguous()
+    out = torch.empty_like(positions)
+    block = min(1024, max(16, triton.next_power_of_2(columns)))
+    _slots_at[(batch, triton.cdiv(columns, block))](
+        page_table, positions, out, page_table.stride(0), columns, PAGE=page_size, BLOCK=block,
+        PDL=dependent_launch(), **options(1),
+    )  # fmt: skip
+    return out

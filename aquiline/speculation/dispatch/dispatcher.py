@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from aquiline.core.params import VerificationRule
@@ -42,6 +43,20 @@ class TreeChooser(Protocol):
             band: temperature band of the batch.
         """
         ...
+
+
+@dataclass(frozen=True)
+class OneTree:
+    """The chooser without a choice."""
+
+    tree: TreeShape
+
+    @property
+    def candidates(self) -> tuple[TreeShape, ...]:
+        return (self.tree,)
+
+    def choose(self, batch: int, kv_tokens: int, band: Band) -> int:
+        return 0
 
 
 def tree_pool(paths: PathTable, rule: VerificationRule) -> tuple[TreeShape, ...]:

@@ -30,6 +30,7 @@ class Rule(Protocol):
         ...
 
 
-RULES: Mapping[VerificationRule, Callable[[RoundNoise], Rule]] = MappingProxyType(
+RuleFactory = Callable[[RoundNoise], Rule]
+RULES: Mapping[VerificationRule, RuleFactory] = MappingProxyType(
     {"coupled": Coupled, "multi-round": MultiRound}
 )

@@ -1,0 +1,104 @@
+"""Milliseconds of a decoding round, Llama-3.1-8B shapes, against what the card's bandwidth allows.
+
+    python -m benchmarks.round --out benchmarks/results/round.json
+
+bf16, random weights, an EAGLE-3 draft of one layer with 32,000 draft tokens. A round is one replay
+of its graph; replays follow each other as in the engine. The limit counts every byte once over the
+measured copy bandwidth, or the multiplications over the measured rate, whichever takes longer.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+from aquiline.decoding.models import DecoderModels
+from aquiline.evaluation.costs import measure_round_ms, pages_of
+from aquiline.speculation.dispatch.default import default_tree
+from aquiline.speculation.tree import TreeShape
+from benchmarks.common import fingerprint, graph_ms, stamp, write_result
+from benchmarks.shapes import LLAMA_31_8B, random_models
+
+ROWS = (  # context, batch, draft
+    (8192, 1, "none"), (8192, 1, "chain-3"), (8192, 16, "none"), (8192, 16, "chain-3"),
+    (8192, 48, "none"), (8192, 48, "chain-3"), (1024, 64, "none"), (1024, 64, "chain-5"),
+    (1024, 1, "none"), (1024, 1, "chain-5"), (1024, 1, "tree-32"), (1024, 1, "tree-64"),
+    (8192, 1, "chain-5"), (8192, 1, "tree-32"), (8192, 1, "tree-64"), (1024, 8, "chain-5"),
+    (8192, 4, "chain-3"), (8192, 32, "chain-3"), (1024, 128, "none"), (1024, 128, "chain-3"),
+    (1024, 256, "none"), (1024, 256, "chain-2"),
+)  # fmt: skip
+
+
+def tree_named(name: str) -> TreeShape:
+    """ "none", "chain-N", or "tree-N": the likeliest N nodes, root counted, within depth 5."""
+    if name == "none":
+        return TreeShape.chain(0)
+    kind, size = name.split("-")
+    if kind == "tree":
+        return default_tree("coupled", "greedy", int(size) - 1, 5)
+    return TreeShape.named(name)
+
+
+@dataclass(frozen=True)
+class Card:
+    """Bytes and multiply-adds a millisecond."""
+
+    bytes_per_ms: float
+    flops_per_ms: float
+
+    @classmethod
+    def measured(cls, copy_tb_s: float) -> Card:
+        """The rate from a square bf16 product of 8192."""
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        return cls(copy_tb_s * 1e9, 2 * 8192**3 / graph_ms(lambda: a @ b))
+
+    def ms(self, weights: int, rows: int, kv_bytes: int) -> float:
+        """Of one pass: ``weights`` parameters in bf16 over ``rows`` tokens, and the cache."""
+        return max(
+            (2 * weights + kv_bytes) / self.bytes_per_ms, 2 * weights * rows / self.flops_per_ms
+        )
+
+
+def limit_ms(models: DecoderModels, card: Card, tree: TreeShape, batch: int, context: int) -> float:
+    """The target's pass over all nodes; the draft's layer and head once a level."""
+    target, drafter = models.target, models.drafter
+    weights = sum(p.numel() for p in target.parameters()) - target.embed_tokens.weight.numel()
+    kv = batch * context * target.plane_shape().bytes_per_token(models.dtype)
+    total = card.ms(weights, batch * tree.size, kv)
+    if drafter is None or tree.depth == 0:
+        return total
+    fc = drafter.draft.fc.weight.numel()
+    layer = sum(p.numel() for p in drafter.draft.parameters()) - fc
+    head = drafter.head.lm_head.weight.numel()
+    kv = batch * context * drafter.draft.plane_shape().bytes_per_token(models.dtype)
+    return total + card.ms(fc, batch, 0) + tree.depth * card.ms(layer + head, batch, kv)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", default=None)
+    parser.add_argument("--only", type=int, default=len(ROWS), help="the first N rows")
+    options = parser.parse_args()
+    mark = fingerprint()
+    print(mark, flush=True)
+    card = Card.measured(mark["copy_tb_s"])
+    models = random_models(LLAMA_31_8B, 16384)
+    plain = DecoderModels(models.target, None)
+    rows = []
+    for context, batch, name in ROWS[: options.only]:
+        tree = tree_named(name)
+        used = plain if name == "none" else models
+        limit = limit_ms(used, card, tree, batch, context)
+        planes = used.planes(pages_of(tree, batch, context), 128)
+        ms = measure_round_ms(used, planes, tree, batch, context)
+        del planes
+        rows.append({"context": context, "batch": batch, "draft": name,
+                     "round_ms": round(ms, 3), "limit_ms": round(limit, 3)})  # fmt: skip
+        print(f"{context:6} x {batch:3} {name:8} limit {limit:6.2f}  round {ms:6.2f}", flush=True)
+    write_result(options.out, {**stamp(), "fingerprint": mark, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
