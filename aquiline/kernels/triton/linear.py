@@ -100,29 +100,32 @@ def _skinny(
         tl.store(next_squares + program * ROWS + m, tl.sum(value * value, axis=0))
 
 
-# (columns, width) -> (BLOCK_N, BLOCK_K, warps, stages), measured on an H100 for Llama-3.1-8B.
+# (columns, width) -> (BLOCK_N, BLOCK_K, warps, stages, PREFETCH), measured on an H100 for
+# Llama-3.1-8B.
 TILES = {
-    (4096, 4096): (32, 256, 4, 5),
-    (4096, 14336): (32, 512, 4, 4),
-    (128256, 4096): (64, 256, 4, 3),
+    (4096, 4096): (32, 256, 4, 5, 2048),
+    (4096, 14336): (32, 512, 4, 4, 2048),
+    (128256, 4096): (64, 256, 4, 3, 0),
 }
 
 
-def tile_of(columns: int, width: int, rows: int) -> tuple[int, int, int, int]:
-    """(BLOCK_N, BLOCK_K, warps, stages) for a weight [columns, width].
+def tile_of(columns: int, width: int, rows: int) -> tuple[int, int, int, int, int]:
+    """(BLOCK_N, BLOCK_K, warps, stages, PREFETCH) for a weight [columns, width]. PREFETCH is bytes
+    of each weight row asked for before the input is there.
 
     BLOCK_N follows from the shape alone, so that the order of every sum is the same for any number
     of rows; more rows only take room from the pipeline.
     """
     if (columns, width) in TILES:
-        block_n, block_k, warps, stages = TILES[columns, width]
+        block_n, block_k, warps, stages, prefetch = TILES[columns, width]
     else:
         block_n = 64 if columns >= 8192 else 32 if columns >= 2048 else 16
         block_k, warps, stages = 256, 4, 4
+        prefetch = 2048 if columns <= 2 * 132 * block_n else 0  # later waves are about to read it
     if rows > 16:
         block_k = min(block_k, 256 if rows <= 32 else 128)
     tile_bytes = (block_n + rows) * block_k * 2
-    return block_n, block_k, warps, max(2, min(stages, 200_000 // tile_bytes))
+    return block_n, block_k, warps, max(2, min(stages, 200_000 // tile_bytes)), prefetch
 
 
 def skinny_linear(
@@ -134,7 +137,6 @@ def skinny_linear(
     residual: Tensor | None = None,
     gated: bool = False,
     next_weight: Tensor | None = None,
-    prefetch: int = 2048,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x [..., K] with at most 64 rows, weight [N, K] -> [..., N], or [..., N / 2] if ``gated``.
 
@@ -142,7 +144,6 @@ def skinny_linear(
         squares: [P, R] shares of sum x^2 of the vector that x was scaled from: the product is
             divided by its root mean square.
         next_weight: [N], of the norm that will read the result.
-        prefetch: bytes of each weight row asked for before the input is there.
 
     Returns:
         The result and, for ``next_weight``, result * next_weight and its own squares.
@@ -154,7 +155,7 @@ def skinny_linear(
     flat = x.reshape(rows, width)
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     padded = max(16, triton.next_power_of_2(rows))
-    block_n, block_k, warps, stages = tile_of(weight.shape[0], width, padded)
+    block_n, block_k, warps, stages, prefetch = tile_of(weight.shape[0], width, padded)
     programs = triton.cdiv(columns, block_n // 2 if gated else block_n)
     out = x.new_empty(*x.shape[:-1], columns)
     scaled = sums = None
@@ -164,8 +165,7 @@ def skinny_linear(
     if residual is not None:
         residual = residual.contiguous()
     parts = 0 if squares is None else squares.shape[0]
-    one_wave = programs <= 2 * 132  # later waves would ask for what they are about to read
-    reach = min(prefetch, width * weight.element_size()) if one_wave else 0
+    reach = min(prefetch, width * weight.element_size())
     reach = 1 << (reach.bit_length() - 1) if reach >= LINE else 0
     _skinny[(programs,)](
         flat, weight, bias, squares, residual, next_weight, out, scaled, sums, rows, columns,
