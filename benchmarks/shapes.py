@@ -36,7 +36,9 @@ def random_llama(config: LlamaConfig, max_positions: int) -> Llama:
     with torch.device("meta"):
         model = Llama(config, max_positions)
     model = model.to(torch.bfloat16).to_empty(device="cuda").requires_grad_(False).eval()
-    model.rotary = RotaryEmbedding(inverse_frequencies(config), max_positions).to("cuda")
+    model.rotary = RotaryEmbedding(inverse_frequencies(config), max_positions).to(
+        "cuda", torch.bfloat16
+    )
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.fill_(1.0)

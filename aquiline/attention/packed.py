@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aquiline.attention.backend import Angles
+from aquiline.attention.backend import Angles, Projection
 from aquiline.kernels import ops
 
 
@@ -24,8 +24,12 @@ class PackedAttention:
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
         self.edges = cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else []
 
-    def run(self, layer: int, heads: Tensor, kv_heads: int, angles: Angles) -> Tensor:
+    def run(
+        self, layer: int, x: Tensor | ops.Normed, project: Projection, kv_heads: int, angles: Angles
+    ) -> Tensor:
         """See Attention; B is 1, and the layer does not matter here."""
+        heads = project(x)
+        heads = heads.view(*heads.shape[:-1], -1, angles.cos.shape[-1])
         kv = kv_heads
         turned = ops.rotary(heads[:, :, :-kv], angles.cos, angles.signed_sin)
         q, k, v = turned[:, :, :-kv], turned[:, :, -kv:], heads[:, :, -kv:]

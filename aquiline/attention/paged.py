@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from aquiline.attention.backend import Angles
+from aquiline.attention.backend import Angles, Projection
 from aquiline.kernels import ops
 from aquiline.kvcache.pool import KVPlane
 
@@ -46,11 +46,13 @@ class PagedAttention:
             plan.page_table, plane.page_size, plan.prefix_lengths, plan.suffix_rows, plan.mask
         )
 
-    def run(self, layer: int, heads: Tensor, kv_heads: int, angles: Angles) -> Tensor:
+    def run(
+        self, layer: int, x: Tensor | ops.Normed, project: Projection, kv_heads: int, angles: Angles
+    ) -> Tensor:
         """See Attention; this pass's keys and values enter the cache."""
         plan, (k_cache, v_cache) = self.plan, self.plane.layer(layer)
         assert kv_heads == k_cache.shape[1]
-        q = ops.rotary_write(heads, angles.cos, angles.signed_sin, k_cache, v_cache, self._slots)
+        q = project.into_cache(x, angles, k_cache, v_cache, self._slots)
         return ops.tree_attention(
             q, k_cache, v_cache, plan.page_table, self.plane.page_size, plan.prefix_lengths,
             plan.suffix_rows, plan.mask, self._prepared,

@@ -1,7 +1,7 @@
 """RoundGraph: a decoding round of one batch size and one tree as one CUDA graph.
 
 Lengths, positions, pages, parameters and seeds are device tensors, so a replay needs nothing from
-the host but which rows take part.
+the host.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from torch import Tensor
 
 
 class RoundGraph:
-    """``round_`` maps rows [B] to what it emitted [B, ...]; captured on padding rows.
+    """``round_`` works in place on rows it knows and returns what it emitted.
 
-    ``pool`` is memory that graphs share which never run at the same time.
+    Args:
+        round_: captured as it is; it has to be harmless to run once before, to compile.
+        pool: memory that graphs share which never run at the same time.
 
     Attributes:
         emitted: overwritten by every replay.
@@ -24,26 +26,17 @@ class RoundGraph:
 
     emitted: Tensor
 
-    def __init__(
-        self,
-        round_: Callable[[Tensor], Tensor],
-        batch: int,
-        padding: int,
-        device: torch.device,
-        pool: Any = None,
-    ) -> None:
-        self.rows = torch.full((batch,), padding, dtype=torch.int64, device=device)
+    def __init__(self, round_: Callable[[], Tensor], pool: Any = None) -> None:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # compiles every kernel
-            round_(self.rows)
+        with torch.cuda.stream(side):
+            round_()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.emitted = round_(self.rows)
+            self.emitted = round_()
 
-    def replay(self, rows: Tensor) -> Tensor:
-        """``rows`` [B] in pinned memory; returns ``emitted``, valid until the next replay."""
-        self.rows.copy_(rows, non_blocking=True)
+    def replay(self) -> Tensor:
+        """One round; returns ``emitted``, valid until the next replay."""
         self.graph.replay()
         return self.emitted

@@ -1,7 +1,8 @@
-"""DeviceRows: what the device holds of the running requests, one row each.
+"""DeviceRows: what the device holds of requests, one row each.
 
-A round reads and writes rows through their indices, so that one captured graph serves any batch of
-its size. The last row is padding's: it owns no page, so what it writes goes to the dustbin.
+The engine keeps one set of rows for all its requests, and for each batch size a set that rounds work
+on: while the same requests run, nothing moves; when that changes, rows are taken from the first set
+and later put back.
 """
 
 from __future__ import annotations
@@ -22,55 +23,55 @@ from aquiline.speculation.verification.rules import RuleFactory
 
 @dataclass(frozen=True)
 class DeviceRows:
-    """R requests and a padding row.
+    """R requests. A row that is not active is padding: it owns no page, so what it writes goes to
+    the dustbin.
 
     Attributes:
-        state: [R + 1, ...], see DecodeState.
-        sampling: [R + 1, ...], see SamplingBatch.
-        page_table: [R + 1, M] page ids.
+        state: [R, ...], see DecodeState.
+        sampling: [R, ...], see SamplingBatch.
+        page_table: [R, M] page ids.
+        active: [R] bool.
     """
 
     state: DecodeState
     sampling: SamplingBatch
     page_table: Tensor
+    active: Tensor
 
     @classmethod
     def empty(cls, rows: int, columns: int, pending: int, models: DecoderModels) -> DeviceRows:
-        """``rows`` requests of ``columns`` pages, with ``pending`` pairs at most."""
+        """``rows`` rows of padding, of ``columns`` pages and ``pending`` pairs at most."""
         device = models.device
-        count = rows + 1
-        state = DecodeState.empty(count, pending, models.feature_size, models.dtype, device)
-        sampling = SamplingBatch.of([SamplingParams(temperature=0)] * count, [0] * count, device)
-        state.lengths[rows].fill_(state.room)
-        pages = torch.zeros(count, columns, dtype=torch.int64, device=device)
-        return cls(state, sampling, pages)
+        state = DecodeState.empty(rows, pending, models.feature_size, models.dtype, device)
+        sampling = SamplingBatch.of([SamplingParams(temperature=0)] * rows, [0] * rows, device)
+        pages = torch.zeros(rows, columns, dtype=torch.int64, device=device)
+        active = torch.zeros(rows, dtype=torch.bool, device=device)
+        return cls(state, sampling, pages, active)
 
-    @property
-    def padding(self) -> int:
-        """Index of the padding row. Its length is the room for pending pairs, always: what it
-        feeds lies at positions from 0."""
-        return self.page_table.shape[0] - 1
+    @torch.inference_mode()
+    def take(self, source: DeviceRows, rows: Tensor) -> None:
+        """Copy state and parameters of the given rows [n <= R] of ``source``; the rest is padding.
+
+        Pages are the host's to send.
+        """
+        count = len(rows)
+        self.state.copy(source.state.select(rows), count)
+        self.sampling.copy(source.sampling.select(rows), count)
+        self.active[:count].fill_(True)
+        self.active[count:].fill_(False)
+        self.state.lengths[count:].fill_(self.state.room)
 
 
+@torch.inference_mode()
 def advance(
-    models: DecoderModels,
-    planes: Planes,
-    tree: TreeTables,
-    rule: RuleFactory,
-    all_rows: DeviceRows,
-    rows: Tensor,
-    sampling: SamplingBatch,
+    models: DecoderModels, planes: Planes, tree: TreeTables, rule: RuleFactory, rows: DeviceRows
 ) -> Tensor:
-    """One round of the given rows [B] -> emitted [B, 1 + D + 1]: how many draft tokens were
-    accepted, then the tokens, that many and one more of them valid.
-
-    ``sampling`` is that of the rows.
-    """
-    result = decode_round(
-        models, planes, tree, rule, all_rows.page_table.index_select(0, rows),
-        all_rows.state.select(rows), sampling,
-    )  # fmt: skip
-    all_rows.state.store(rows, result.state)
-    all_rows.state.lengths[all_rows.padding].fill_(all_rows.state.room)
+    """One round of all rows, in place -> emitted [R, 1 + D + 1]: how many draft tokens were
+    accepted, then the tokens, that many and one more of them valid."""
+    result = decode_round(models, planes, tree, rule, rows.page_table, rows.state, rows.sampling)
+    rows.state.copy(result.state, len(rows.active))
+    # A padding row stays where it is: with room before it for the pairs that it feeds.
+    lengths = torch.where(rows.active, result.state.lengths, rows.state.room)
+    rows.state.lengths.copy_(lengths)
     verdict = result.verdict
     return torch.cat((verdict.accepted[:, None], verdict.tokens), dim=1)

@@ -52,8 +52,17 @@ class DecodeState:
         """The given rows, copied."""
         return DecodeState(*(getattr(self, f.name).index_select(0, rows) for f in fields(self)))
 
+    def copy(self, state: DecodeState, count: int) -> None:
+        """Overwrite the first ``count`` rows; ``state`` may hold fewer pending columns than self."""
+        for f in fields(self):
+            theirs = getattr(state, f.name)
+            ours = getattr(self, f.name)[:count]
+            if theirs.dim() > 1:
+                ours = ours[:, : theirs.shape[1]]
+            ours.copy_(theirs)
+
     def store(self, rows: Tensor, state: DecodeState) -> None:
-        """Write ``state`` back to the given rows; it may hold fewer pending columns than self."""
+        """Write ``state`` to the given rows; it may hold fewer pending columns than self."""
         for f in fields(self):
             ours, theirs = getattr(self, f.name), getattr(state, f.name)
             if theirs.dim() > 1:

@@ -61,14 +61,15 @@ class Runner:
     ) -> None:
         self.models, self.planes, self.rule = models, planes, rule
         self.trees: tuple[TreeTables, ...] = tuple(tree.tables(models.device) for tree in trees)
-        pending = max(tree.depth for tree in trees) + 1
-        self.rows = DeviceRows.empty(rows, columns, pending, models)
+        self._room = columns, max(tree.depth for tree in trees) + 1
+        self.rows = DeviceRows.empty(rows, *self._room, models)
         self.cuda = models.device.type == "cuda"
         self.ahead = 1 if self.cuda else 0
-        self._pages = [self._pinned(rows + 1, columns) for _ in range(IN_FLIGHT)]
         self._pool = torch.cuda.graph_pool_handle() if self.cuda else None
+        self._batches: dict[int, DeviceRows] = {}
         self._graphs: dict[tuple[int, int], RoundGraph] = {}
-        self._buffers: dict[tuple[int, ...], list[Tensor]] = {}
+        self._resident: tuple[int, tuple[int, ...]] | None = None
+        self._buffers: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
         self._sampling: tuple[tuple[Sequence, ...], SamplingBatch] | None = None
 
     def warm_up(self, batches: Items[int] = (1,)) -> None:
@@ -76,7 +77,12 @@ class Runner:
         if self.cuda:
             for batch in batches:
                 for tree in range(len(self.trees)):
-                    self._graph(bucket_of(batch, self.rows.padding), tree)
+                    self._graph(bucket_of(batch, self.max_rows), tree)
+
+    @property
+    def max_rows(self) -> int:
+        """Requests that can run at once."""
+        return len(self.rows.active)
 
     def launch(self, batch: Batch) -> Ticket | None:
         """Enqueue the batch's work; nothing is read back. None if there is none."""
@@ -107,15 +113,15 @@ class Runner:
     # ---------------------------------------------------------------------------------- launching
 
     def _prefill(self, sequences: tuple[Sequence, ...]) -> Ticket:
+        self._put_back()
         prompts = [sequence.tokens for sequence in sequences]
-        self._update_pages(sequences)
         rows = self._tensor([sequence.row for sequence in sequences])
         for sequence in sequences:
             assert sequence.row is not None
             self.rows.sampling.set(sequence.row, sequence.request.params, sequence.request.seed)
             sequence.launched(len(sequence.tokens))
         state = prefill(
-            self.models, self.planes, self.rows.page_table.index_select(0, rows),
+            self.models, self.planes, self._tensor(_padded([s.table.pages for s in sequences])),
             self._tensor(_padded(prompts)), self._tensor([len(prompt) for prompt in prompts]),
             self._sampling_of(sequences, rows),
         )  # fmt: skip
@@ -124,35 +130,64 @@ class Runner:
         return self._ticket(sequences, emitted, None)
 
     def _round(self, sequences: tuple[Sequence, ...], tree: int) -> Ticket:
-        self._update_pages(sequences)
         tables = self.trees[tree]
         for sequence in sequences:
             sequence.launched(tables.shape.depth + 1)
-        index = [sequence.row for sequence in sequences]
+        index = tuple(sequence.row for sequence in sequences if sequence.row is not None)
         if self.cuda:
-            size = bucket_of(len(index), self.rows.padding)
-            rows = self._buffer("rows", size)
-            rows.copy_(torch.tensor(index + [self.rows.padding] * (size - len(index))))
-            emitted = self._graph(size, tree).replay(rows)
+            size = bucket_of(len(index), self.max_rows)
+            graph = self._graph(size, tree)
+            self._make_resident(size, index, sequences)
+            emitted = graph.replay()
         else:
             rows = self._tensor(index)
-            sampling = self._sampling_of(sequences, rows)
-            emitted = advance(
-                self.models, self.planes, tables, self.rule, self.rows, rows, sampling
-            )
+            pages = self._tensor(_padded([sequence.table.pages for sequence in sequences]))
+            batch = DeviceRows(
+                self.rows.state.select(rows), self._sampling_of(sequences, rows), pages,
+                torch.ones_like(rows, dtype=torch.bool),
+            )  # fmt: skip
+            emitted = advance(self.models, self.planes, tables, self.rule, batch)
+            self.rows.state.store(rows, batch.state)
         return self._ticket(sequences, emitted, tables.shape)
+
+    def _make_resident(
+        self, size: int, index: tuple[int, ...], sequences: tuple[Sequence, ...]
+    ) -> None:
+        """Have the rows of the coming round, and their pages, in the batch of ``size``."""
+        batch, moved = self._batches[size], self._resident != (size, index)
+        if moved:
+            self._put_back()
+            batch.take(self.rows, self._tensor(index))
+            self._resident = size, index
+        changed = [sequence for sequence in sequences if sequence.pages_changed()]
+        if changed or moved:
+            host = self._buffer("pages", *batch.page_table.shape)
+            host.zero_()
+            for row, sequence in enumerate(sequences):
+                pages = sequence.table.pages
+                host[row, : len(pages)] = torch.tensor(pages)
+            batch.page_table.copy_(host, non_blocking=True)
+
+    def _put_back(self) -> None:
+        """Rows that a batch holds return to the set of all."""
+        if self._resident is not None:
+            size, index = self._resident
+            rows = torch.arange(len(index), device=self.models.device)
+            state = self._batches[size].state.select(rows)
+            self.rows.state.store(self._tensor(index), state)
+            self._resident = None
 
     def _graph(self, size: int, tree: int) -> RoundGraph:
         if (size, tree) not in self._graphs:
-
-            def round_(rows: Tensor) -> Tensor:
-                return advance(
-                    self.models, self.planes, self.trees[tree], self.rule, self.rows, rows,
-                    self.rows.sampling.select(rows),
-                )  # fmt: skip
-
+            if size not in self._batches:
+                self._batches[size] = DeviceRows.empty(size, *self._room, self.models)
+            self._put_back()
+            batch = self._batches[size]
+            batch.take(self.rows, self._tensor([]))  # all padding
+            batch.page_table.zero_()
             self._graphs[size, tree] = RoundGraph(
-                round_, size, self.rows.padding, self.models.device, self._pool
+                lambda: advance(self.models, self.planes, self.trees[tree], self.rule, batch),
+                self._pool,
             )
         return self._graphs[size, tree]
 
@@ -170,20 +205,6 @@ class Runner:
 
     # ------------------------------------------------------------------------------ host to device
 
-    def _update_pages(self, sequences: Items[Sequence]) -> None:
-        """Send the page table if a sequence's pages changed since it was sent."""
-        changed = [sequence for sequence in sequences if sequence.pages_changed()]
-        if not changed:
-            return
-        self._pages.append(self._pages.pop(0))
-        host = self._pages[-1]
-        host.copy_(self._pages[-2])
-        for sequence in changed:
-            assert sequence.row is not None
-            pages = sequence.table.pages
-            host[sequence.row, : len(pages)] = torch.tensor(pages)
-        self.rows.page_table.copy_(host, non_blocking=True)
-
     def _sampling_of(self, sequences: tuple[Sequence, ...], rows: Tensor) -> SamplingBatch:
         """The batch's parameters. On the CPU with flags that let it skip work; kept while the batch
         is the same."""
@@ -195,15 +216,11 @@ class Runner:
             self._sampling = sequences, SamplingBatch.of(params, seeds, self.models.device)
         return self._sampling[1]
 
-    def _pinned(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.int64, pin_memory=self.cuda)
-
-    def _buffer(self, *key: object) -> Tensor:
-        """A pinned tensor that no ticket in flight uses; the key ends in its shape."""
-        shape = tuple(size for size in key if isinstance(size, int))
-        ring = self._buffers.setdefault((hash(key[0]), *shape), [])
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        """A pinned tensor that no work in flight uses."""
+        ring = self._buffers.setdefault((name, shape), [])
         if len(ring) < IN_FLIGHT:
-            ring.append(self._pinned(*shape))
+            ring.append(torch.zeros(shape, dtype=torch.int64, pin_memory=True))
         else:
             ring.append(ring.pop(0))
         return ring[-1]

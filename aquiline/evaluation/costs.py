@@ -19,6 +19,7 @@ from aquiline.core.params import SamplingParams
 from aquiline.decoding.graph import RoundGraph
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.rows import DeviceRows, advance
+from aquiline.decoding.state import DecodeState
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
 from aquiline.speculation.verification.rules import RULES, RuleFactory
@@ -65,24 +66,20 @@ def measure_round_ms(
     device = models.device
     tables = tree.tables(device)
     pages = (pages_of(tree, batch, context, planes.target.page_size) - 1) // batch
-    rows = _synthetic_rows(models, tree, batch, context, pages)
-    index = torch.arange(batch, device=device)
-    params = SamplingParams(temperature=temperature)
-    sampling = SamplingBatch.of([params] * batch, range(batch), device)
+    rows = _synthetic_rows(models, tree, batch, context, pages, temperature)
 
-    def one_round(index: Tensor) -> Tensor:
-        return advance(models, planes, tables, rule, rows, index, sampling)
+    def one_round() -> Tensor:
+        return advance(models, planes, tables, rule, rows)
+
+    graph = RoundGraph(one_round) if device.type == "cuda" else None
 
     def again() -> None:
-        rows.state.lengths[:batch].fill_(context)
+        rows.state.lengths.fill_(context)
         if graph is None:
-            one_round(index)
+            one_round()
         else:
-            graph.replay(index)
+            graph.replay()
 
-    graph = None
-    if device.type == "cuda":
-        graph = RoundGraph(one_round, batch, rows.padding, device)
     for _ in range(WARM_UP):
         again()
     times: list[float] = []
@@ -95,23 +92,25 @@ def measure_round_ms(
 
 
 def _synthetic_rows(
-    models: DecoderModels, tree: TreeShape, batch: int, context: int, pages: int
+    models: DecoderModels, tree: TreeShape, batch: int, context: int, pages: int, temperature: float
 ) -> DeviceRows:
     """Random roots and pending pairs, ``context`` committed tokens a row."""
     device, vocab = models.device, models.target.config.vocab_size
     pending = tree.depth + 1
-    rows = DeviceRows.empty(batch, pages, pending, models)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (batch, pending), generator=generator).to(device)
     features = torch.randn(batch, pending, models.feature_size, generator=generator)
-    rows.page_table[:batch] = 1 + torch.arange(batch * pages, device=device).view(batch, pages)
-    state = rows.state
-    state.lengths[:batch] = context
-    state.roots[:batch] = tokens[:, 0]
-    state.pending_tokens[:batch] = tokens
-    state.pending_features[:batch] = features.to(device, models.dtype)
-    state.pending_counts[:batch] = min(pending, TYPICAL_TOKENS)
-    return rows
+    state = DecodeState(
+        lengths=torch.full((batch,), context, device=device),
+        roots=tokens[:, 0].clone(),
+        pending_tokens=tokens,
+        pending_features=features.to(device, models.dtype),
+        pending_counts=torch.full((batch,), min(pending, TYPICAL_TOKENS), device=device),
+    )
+    params = [SamplingParams(temperature=temperature)] * batch
+    sampling = SamplingBatch.of(params, range(batch), device)
+    page_table = 1 + torch.arange(batch * pages, device=device).view(batch, pages)
+    return DeviceRows(state, sampling, page_table, torch.ones(batch, dtype=torch.bool).to(device))
 
 
 def _milliseconds(work: Callable[[], None], device: torch.device) -> float:

@@ -27,10 +27,34 @@ if torch.cuda.is_available():  # a CPU needs no Triton
     from aquiline.kernels.triton import linear as skinny
 
 __all__ = [
-    "NoiseKey", "Norm", "Normed", "PackedWeight", "Stream", "draw_top", "gated_linear",
-    "gumbel_noise", "linear", "move_kv", "multi_round_accept", "pack_weight", "philox",
-    "plan_attention", "probabilities", "residual_linear", "rms_norm", "rotary", "rotary_write",
-    "scaled_scores", "score_floor", "silu_mul", "slots_at", "tree_attention", "uniform_noise",
+    "Followed",
+    "NoiseKey",
+    "Norm",
+    "Normed",
+    "PackedWeight",
+    "Stream",
+    "draw_top",
+    "follow_matches",
+    "gated_linear",
+    "gumbel_noise",
+    "linear",
+    "move_kv",
+    "multi_round_accept",
+    "pack_weight",
+    "philox",
+    "plan_attention",
+    "probabilities",
+    "residual_linear",
+    "rms_norm",
+    "rotary",
+    "rotary_linear",
+    "rotary_write",
+    "scaled_scores",
+    "score_floor",
+    "silu_mul",
+    "slots_at",
+    "tree_attention",
+    "uniform_noise",
 ]  # fmt: skip
 
 SKINNY_ROWS = 64  # rows of x up to which reading the weight is all the work
@@ -139,11 +163,39 @@ def residual_linear(
 def _skinny_linear(
     source: Normed, weight: Tensor, bias: Tensor | None, gated: bool = False
 ) -> Tensor:
+    scaled, squares, eps = _prepared(source)
+    return skinny.skinny_linear(scaled, weight, bias, squares, eps, gated=gated)[0]
+
+
+def _prepared(source: Normed) -> tuple[Tensor, Tensor | None, float]:
+    """x as the skinny linear reads it: scaled, with its squares and eps; or normed already."""
     if source.scaled is None or source.norm is None:
-        return skinny.skinny_linear(source.value(), weight, bias, gated=gated)[0]
-    return skinny.skinny_linear(
-        source.scaled, weight, bias, source.squares, source.norm.eps, gated=gated
-    )[0]
+        return source.value(), None, 0.0
+    return source.scaled, source.squares, source.norm.eps
+
+
+def rotary_linear(
+    x: Tensor | Normed,
+    weight: Tensor,
+    bias: Tensor | None,
+    packed: PackedWeight | None,
+    cos: Tensor,
+    signed_sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """``rotary_write`` of the heads linear(x, weight [(H + 2K) * D, in]): the queries."""
+    source = x if isinstance(x, Normed) else Normed(x, None)
+    size = cos.shape[-1]
+    if _skinny(source.x) and skinny.fits_rotary(weight, size):
+        scaled, squares, eps = _prepared(source)
+        return skinny.skinny_rotary(
+            scaled, weight, bias, squares, eps, cos, signed_sin, slots, k_cache, v_cache
+        )
+    heads = linear(source, weight, bias, packed)
+    heads = heads.view(*heads.shape[:-1], -1, size)
+    return rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
 
 
 def rotary_write(
@@ -164,6 +216,30 @@ def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
     if positions.is_cuda:
         return elementwise.slots_at(page_table, positions, page_size)
     return reference.slots_at(page_table, positions, page_size)
+
+
+class Followed(NamedTuple):
+    """The path that matching children make: its depth [B], its nodes and the token drawn after each
+    [B, D + 1]; past the depth both repeat the last."""
+
+    depth: Tensor
+    path: Tensor
+    drawn: Tensor
+
+
+def follow_matches(
+    tokens: Tensor, drawn: Tensor, parents: Tensor, ancestors: Tensor, routes: Tensor
+) -> Followed:
+    """From the root, step to the child whose token was drawn at its parent, as deep as it goes.
+
+    Args:
+        tokens, drawn: [B, N] the token at each node, and the one drawn after it.
+        parents: [N]; ancestors: bool [N, N], row i True at i and every ancestor of i.
+        routes: [N, D + 1] the node at each depth on the way to node i; past its depth, i itself.
+    """
+    if tokens.is_cuda:
+        return Followed(*sampling.follow_matches(tokens, drawn, parents, ancestors, routes))
+    return Followed(*reference_sampling.follow_matches(tokens, drawn, parents, ancestors, routes))
 
 
 def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:

@@ -201,3 +201,15 @@ def after_rejection(residual: Tensor, proposal: Tensor, token: Tensor) -> tuple[
     remaining = proposal.scatter(-1, token[:, None], 0.0)
     total = remaining.sum(dim=-1, keepdim=True)
     return left, torch.where(total > 0, remaining / total, remaining)
+
+
+def follow_matches(
+    tokens: Tensor, drawn: Tensor, parents: Tensor, ancestors: Tensor, routes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    matches = tokens == drawn.gather(1, parents.expand(tokens.shape))
+    matches[:, 0] = True
+    reached = (matches[:, None, :] | ~ancestors).all(dim=-1)
+    depths = ancestors.sum(dim=-1) - 1
+    leaf = torch.where(reached, depths, -1).argmax(dim=-1)
+    path = routes[leaf]
+    return depths[leaf], path, drawn.gather(1, path)

@@ -45,7 +45,6 @@ class SelfAttention(nn.Module):
     ) -> ops.Normed:
         """residual + attention of norm(x), to be read through ``next_norm``; ``layer`` names its
         cache."""
-        heads = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim))
-        attended = attention.run(layer, heads, self.num_kv_heads, angles)
+        attended = attention.run(layer, x, self.qkv_proj, self.num_kv_heads, angles)
         out: ops.Normed = self.o_proj(attended.flatten(2), residual, next_norm)
         return out

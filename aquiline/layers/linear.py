@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from aquiline.attention.backend import Angles
 from aquiline.distributed.ranks import SINGLE, Ranks
 from aquiline.kernels import ops
 
@@ -38,6 +39,16 @@ class ColumnParallelLinear(nn.Module):
     def gated(self, x: Tensor | ops.Normed) -> Tensor:
         """Of two projections of equal size: silu(first) * second."""
         return ops.gated_linear(x, self.weight, self._packed)
+
+    def into_cache(
+        self, x: Tensor | ops.Normed, angles: Angles, k_cache: Tensor, v_cache: Tensor,
+        slots: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Of queries, keys and values: see attention.backend.Projection."""
+        return ops.rotary_linear(
+            x, self.weight, self.bias, self._packed, angles.cos, angles.signed_sin, k_cache,
+            v_cache, slots,
+        )  # fmt: skip
 
     def pack(self) -> None:
         self._packed = ops.pack_weight(self.weight)

@@ -8,6 +8,7 @@ of that frequency.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aquiline.attention.backend import Angles
@@ -26,5 +27,6 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("table", table[:, :, None], persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Angles:
-        cos, signed_sin = self.table[positions].to(dtype).unbind(2)
+        rows = F.embedding(positions, self.table.flatten(1)).to(dtype)
+        cos, signed_sin = rows.view(*positions.shape, *self.table.shape[1:]).unbind(2)
         return Angles(cos, signed_sin)

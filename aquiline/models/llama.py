@@ -138,7 +138,7 @@ def load_llama(
     with torch.device("meta"):
         model = Llama(config, max_positions, ranks)
     model.to_empty(device=device).to(dtype)
-    model.rotary = RotaryEmbedding(inverse_frequencies(config), max_positions).to(device)
+    model.rotary = RotaryEmbedding(inverse_frequencies(config), max_positions).to(device, dtype)
     if config.tie_word_embeddings and ranks.size == 1:
         model.tie()
     views = llama_views(model)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from aquiline.core.params import SamplingParams
 
+COLUMNS = ("temperature", "top_k", "top_p", "min_p", "seeds", "choices")
+
 
 @dataclass(frozen=True)
 class SamplingBatch:
@@ -64,7 +66,11 @@ class SamplingBatch:
         for name, value in values.items():
             getattr(self, name)[row].fill_(value)
 
+    def copy(self, batch: SamplingBatch, count: int) -> None:
+        """Overwrite the first ``count`` rows, in place; the flags stay."""
+        for name in COLUMNS:
+            getattr(self, name)[:count].copy_(getattr(batch, name))
+
     def select(self, rows: Tensor) -> SamplingBatch:
         """The given rows; the flags stay those of the whole batch."""
-        columns = ("temperature", "top_k", "top_p", "min_p", "seeds", "choices")
-        return replace(self, **{name: getattr(self, name)[rows] for name in columns})
+        return replace(self, **{name: getattr(self, name)[rows] for name in COLUMNS})

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aquiline.kernels.triton.linear import skinny_linear
+from aquiline.kernels import reference
+from aquiline.kernels.triton.linear import skinny_linear, skinny_rotary
 
 SHAPES = [(1, 48, 64), (4, 96, 576), (5, 100, 256), (33, 64, 128)]  # rows, N, K
 EPS = 1e-5
@@ -72,3 +73,22 @@ def test_gated(rows, columns, width, dtype):
 def test_nothing_fused():
     x, weight, _ = inputs(3, 64, 128, torch.float32)
     check(skinny_linear(x, weight)[0], lambda to: F.linear(x.to(to), weight.to(to)))
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "rows"), [(4, 2, 64, 3), (3, 1, 32, 20)])
+def test_rotary_and_cache(heads, kv_heads, size, rows):
+    """What a separate rotation and write of the projected heads do."""
+    width, slots = 64, 40
+    x, weight, norm = inputs(rows, (heads + 2 * kv_heads) * size, width, torch.float32)
+    bias = normal(len(weight), seed=3)
+    cos, signed_sin = normal(1, rows, 2, 1, size, seed=5).unbind(2)
+    where = 1 + torch.randperm(slots - 1)[:rows]
+    caches = [normal(slots, kv_heads, size, seed=s) for s in (6, 7)]
+    expected = [cache.clone() for cache in caches]
+    projected = F.linear(F.rms_norm(x, (width,), norm, EPS), weight, bias)
+    q = reference.rotary_write(
+        projected.unflatten(-1, (-1, size)), cos, signed_sin, *expected, where
+    )  # fmt: skip
+    got = skinny_rotary(*prepared(x, weight, norm, bias), cos, signed_sin, where, *caches)
+    torch.testing.assert_close(got, q, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(caches, expected, rtol=1e-4, atol=1e-5)

@@ -14,6 +14,7 @@ from aquiline.evaluation.losslessness import chi_square, target_distribution
 from aquiline.kernels import noise as noise_module
 from aquiline.kernels import ops
 from aquiline.kernels import reference_sampling as reference
+from aquiline.speculation.tree import TreeShape
 
 triton = pytest.importorskip("triton")
 if not triton.knobs.runtime.interpret:
@@ -303,3 +304,16 @@ def test_the_walk_without_floors_over_several_blocks(monkeypatch):
     exact_leaf, exact_bonus = reference.multi_round_accept(*args)
     assert torch.equal(leaf, exact_leaf)
     assert torch.equal(bonus, exact_bonus)
+
+
+@pytest.mark.parametrize("name", ["chain-3", "eagle-25", "tree-8"])
+def test_follow_matches(name):
+    """Tokens of few kinds, so that paths of every length occur."""
+    tree = TreeShape.named(name).tables(torch.device("cpu"))
+    tokens = torch.randint(3, (40, tree.shape.size))
+    drawn = torch.randint(3, (40, tree.shape.size))
+    arguments = tokens, drawn, tree.parents, tree.ancestors, tree.routes
+    got, expected = kernels.follow_matches(*arguments), reference.follow_matches(*arguments)
+    assert expected[0].unique().numel() > 2
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)

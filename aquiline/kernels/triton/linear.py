@@ -9,6 +9,8 @@ done at the end of the program, where it is free:
     norm      rms_norm(x) W^T = (x * weight) W^T / rms(x). Whoever writes x also writes x * weight
               of the norm to come and its share of sum x^2 ("scaled", "squares"); whoever reads them
               divides its result by rms(x). Nobody waits for a norm.
+    rotary    both halves of some dimensions of a head in one tile: queries and keys are turned,
+              keys and values written to the cache
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ MAX_ROWS = 64
 
 @triton.jit
 def _skinny(
-    x, w, bias, squares, residual, next_weight, out, next_scaled, next_squares, rows, columns,
-    x_stride, eps,
+    x, w, bias, squares, residual, next_weight, out, next_scaled, next_squares,
+    cos, signed_sin, slots, k_cache, v_cache, rows, columns, x_stride, angle_stride, eps,
     K: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr, NORM_PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, GATED: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NEXT: tl.constexpr, HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
     PREFETCH: tl.constexpr, LINE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -44,6 +47,12 @@ def _skinny(
     if GATED:  # the tile is BLOCK_N / 2 gate rows, then the up rows that belong to them
         column = program * (BLOCK_N // 2) + lane % (BLOCK_N // 2)
         n = column + (lane // (BLOCK_N // 2)) * columns
+    elif HEADS > 0:  # some low dimensions of a head, then the high ones that turn with them
+        tiles: tl.constexpr = D // BLOCK_N
+        head = program // tiles
+        low = (program % tiles) * (BLOCK_N // 2)
+        n = head * D + low + lane % (BLOCK_N // 2) + (lane // (BLOCK_N // 2)) * (D // 2)
+        column = n
     else:
         column = program * BLOCK_N + lane
         n = column
@@ -79,6 +88,35 @@ def _skinny(
         acc *= tl.rsqrt(tl.sum(sums, axis=0) / K + eps)[None, :]
     if BIAS:
         acc += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
+    if HEADS > 0:
+        halves = tl.permute(tl.reshape(acc, (2, BLOCK_N // 2, ROWS)), (1, 2, 0))
+        first, second = tl.split(halves)
+        i = low + tl.arange(0, BLOCK_N // 2)
+        ok = m_ok[None, :] & (i < D // 2)[:, None]
+        if head < HEADS + KV_HEADS:
+            angle = m[None, :] * angle_stride + i[:, None]
+            cos_1 = tl.load(cos + angle, mask=ok, other=0.0).to(tl.float32)
+            cos_2 = tl.load(cos + angle + D // 2, mask=ok, other=0.0).to(tl.float32)
+            sin_1 = tl.load(signed_sin + angle, mask=ok, other=0.0).to(tl.float32)
+            sin_2 = tl.load(signed_sin + angle + D // 2, mask=ok, other=0.0).to(tl.float32)
+            turned = first * cos_1 + second * sin_1
+            second = second * cos_2 + first * sin_2
+            first = turned
+        if head < HEADS:
+            spot = out + m[None, :] * (HEADS * D) + head * D + i[:, None]
+            tl.store(spot, first.to(out.dtype.element_ty), mask=ok)
+            tl.store(spot + D // 2, second.to(out.dtype.element_ty), mask=ok)
+        else:
+            slot = tl.load(slots + m, mask=m_ok, other=0).to(tl.int64)
+            kv_head = (head - HEADS) % KV_HEADS
+            cell = (slot * KV_HEADS + kv_head)[None, :] * D + i[:, None]
+            if head < HEADS + KV_HEADS:
+                tl.store(k_cache + cell, first.to(k_cache.dtype.element_ty), mask=ok)
+                tl.store(k_cache + cell + D // 2, second.to(k_cache.dtype.element_ty), mask=ok)
+            else:
+                tl.store(v_cache + cell, first.to(v_cache.dtype.element_ty), mask=ok)
+                tl.store(v_cache + cell + D // 2, second.to(v_cache.dtype.element_ty), mask=ok)
+        return
     if GATED:
         halves = tl.permute(tl.reshape(acc, (2, BLOCK_N // 2, ROWS)), (1, 2, 0))
         gate, up = tl.split(halves)
@@ -100,11 +138,10 @@ def _skinny(
         tl.store(next_squares + program * ROWS + m, tl.sum(value * value, axis=0))
 
 
-# (columns, width) -> (BLOCK_N, BLOCK_K, warps, stages, PREFETCH), measured on an H100 for
-# Llama-3.1-8B.
+# (columns, width) -> (BLOCK_N, BLOCK_K, warps, stages, PREFETCH), where an H100 was found to differ
+# from the rule below.
 TILES = {
-    (4096, 4096): (32, 256, 4, 5, 2048),
-    (4096, 14336): (32, 512, 4, 4, 2048),
+    (4096, 14336): (32, 512, 4, 4, 0),
     (128256, 4096): (64, 256, 4, 3, 0),
 }
 
@@ -119,9 +156,8 @@ def tile_of(columns: int, width: int, rows: int) -> tuple[int, int, int, int, in
     if (columns, width) in TILES:
         block_n, block_k, warps, stages, prefetch = TILES[columns, width]
     else:
-        block_n = 64 if columns >= 8192 else 32 if columns >= 2048 else 16
-        block_k, warps, stages = 256, 4, 4
-        prefetch = 2048 if columns <= 2 * 132 * block_n else 0  # later waves are about to read it
+        block_n = 64 if columns >= 4096 else 32 if columns >= 2048 else 16
+        block_k, warps, stages, prefetch = 256, 4, 4, 2048
     if rows > 16:
         block_k = min(block_k, 256 if rows <= 32 else 128)
     tile_bytes = (block_n + rows) * block_k * 2
@@ -148,31 +184,86 @@ def skinny_linear(
     Returns:
         The result and, for ``next_weight``, result * next_weight and its own squares.
     """
+    columns = weight.shape[0] // 2 if gated else weight.shape[0]
+    out = x.new_empty(*x.shape[:-1], columns)
+    scaled = sums = None
+    if next_weight is not None:
+        scaled = torch.empty_like(out)
+        block_n = tile_of(weight.shape[0], weight.shape[1], MAX_ROWS)[0]
+        sums = x.new_empty(triton.cdiv(columns, block_n), _padded(x), dtype=torch.float32)
+    if residual is not None:
+        residual = residual.contiguous()
+    _launch(x, weight, bias, squares, eps, residual, next_weight, out, scaled, sums, gated=gated)
+    return out, scaled, sums
+
+
+def skinny_rotary(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    squares: Tensor | None,
+    eps: float,
+    cos: Tensor,
+    signed_sin: Tensor,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    """See ops.rotary_linear; x as ``skinny_linear`` reads it."""
+    kv_heads, size = k_cache.shape[1:]
+    heads = weight.shape[0] // size - 2 * kv_heads
+    out = x.new_empty(*x.shape[:-1], heads, size)
+    rotary = cos, signed_sin, slots, k_cache, v_cache
+    _launch(x, weight, bias, squares, eps, None, None, out, None, None, rotary, heads)
+    return out
+
+
+def fits_rotary(weight: Tensor, size: int) -> bool:
+    """Whether a tile of this weight lies within one head of ``size``."""
+    return size % tile_of(weight.shape[0], weight.shape[1], MAX_ROWS)[0] == 0
+
+
+def _padded(x: Tensor) -> int:
+    """Rows of the tile that holds x's rows; 16 at least, so that the instruction is the same."""
+    return max(16, int(triton.next_power_of_2(x.numel() // x.shape[-1])))
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    squares: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    next_weight: Tensor | None,
+    out: Tensor,
+    scaled: Tensor | None,
+    sums: Tensor | None,
+    rotary: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
+    heads: int = 0,
+    gated: bool = False,
+) -> None:
     width = weight.shape[1]
     rows = x.numel() // width
     assert rows <= MAX_ROWS
     assert weight.is_contiguous()
     flat = x.reshape(rows, width)
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
-    padded = max(16, triton.next_power_of_2(rows))
+    padded = _padded(x)
     block_n, block_k, warps, stages, prefetch = tile_of(weight.shape[0], width, padded)
     programs = triton.cdiv(columns, block_n // 2 if gated else block_n)
-    out = x.new_empty(*x.shape[:-1], columns)
-    scaled = sums = None
-    if next_weight is not None:
-        scaled = torch.empty_like(out)
-        sums = x.new_empty(programs, padded, dtype=torch.float32)
-    if residual is not None:
-        residual = residual.contiguous()
     parts = 0 if squares is None else squares.shape[0]
     reach = min(prefetch, width * weight.element_size())
     reach = 1 << (reach.bit_length() - 1) if reach >= LINE else 0
+    cos, signed_sin, slots, k_cache, v_cache = rotary or (None,) * 5
     _skinny[(programs,)](
-        flat, weight, bias, squares, residual, next_weight, out, scaled, sums, rows, columns,
-        flat.stride(0), eps, K=width, ROWS=padded, BLOCK_N=block_n, BLOCK_K=block_k,
-        STAGES=stages, NORM_PARTS=parts, PARTS_PAD=triton.next_power_of_2(max(parts, 1)),
-        GATED=gated, BIAS=bias is not None, RESIDUAL=residual is not None,
-        NEXT=next_weight is not None, PDL=dependent_launch(), PREFETCH=reach, LINE=LINE,
-        UPCAST=INTERPRET, **options(warps, stages),
+        flat, weight, bias, squares, residual, next_weight, out, scaled, sums, cos, signed_sin,
+        slots, k_cache, v_cache, rows, columns, flat.stride(0),
+        0 if cos is None else cos.stride(1), eps, K=width, ROWS=padded, BLOCK_N=block_n,
+        BLOCK_K=block_k, STAGES=stages, NORM_PARTS=parts,
+        PARTS_PAD=triton.next_power_of_2(max(parts, 1)), GATED=gated, BIAS=bias is not None,
+        RESIDUAL=residual is not None, NEXT=next_weight is not None, HEADS=heads,
+        KV_HEADS=1 if k_cache is None else k_cache.shape[1], D=out.shape[-1] if heads else 1,
+        PDL=dependent_launch(), PREFETCH=reach, LINE=LINE, UPCAST=INTERPRET,
+        **options(warps, stages),
     )  # fmt: skip
-    return out, scaled, sums

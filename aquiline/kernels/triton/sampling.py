@@ -331,3 +331,46 @@ class RawKey(NamedTuple):
         positions = key.positions if key.positions.stride(-1) == 1 else key.positions.contiguous()
         seeds, choices = key.seeds.contiguous(), key.choices.contiguous()
         return cls(seeds, choices, positions, positions.stride(0), int(key.stream))
+
+
+@triton.jit
+def _follow_kernel(
+    tokens, drawn, parents, ancestors, routes, depth_out, path_out, drawn_out, nodes, levels,
+    NODES: tl.constexpr, LEVELS: tl.constexpr,
+):  # fmt: skip
+    """One request: which nodes match, which of them hang together down from the root."""
+    request = tl.program_id(0)
+    i = tl.arange(0, NODES)
+    ok = i < nodes
+    up = tl.load(parents + i, mask=ok, other=0)
+    token = tl.load(tokens + request * nodes + i, mask=ok, other=-1)
+    wanted = tl.load(drawn + request * nodes + up, mask=ok, other=-2)
+    broken = ((token != wanted) & (i > 0) & ok).to(tl.int32)
+    pair = ok[:, None] & ok[None, :]
+    above = tl.load(ancestors + i[:, None] * nodes + i[None, :], mask=pair, other=0).to(tl.int32)
+    reached = (tl.sum(above * broken[None, :], axis=1) == 0) & ok
+    depth = tl.sum(above, axis=1) - 1
+    deepest = tl.max(tl.where(reached, depth, -1), axis=0)
+    leaf = tl.min(tl.where(reached & (depth == deepest), i, NODES), axis=0)
+    tl.store(depth_out + request, deepest.to(tl.int64))
+    level = tl.arange(0, LEVELS)
+    path = tl.load(routes + leaf * levels + level, mask=level < levels, other=0)
+    tl.store(path_out + request * levels + level, path, mask=level < levels)
+    said = tl.load(drawn + request * nodes + path, mask=level < levels, other=0)
+    tl.store(drawn_out + request * levels + level, said, mask=level < levels)
+
+
+def follow_matches(
+    tokens: Tensor, drawn: Tensor, parents: Tensor, ancestors: Tensor, routes: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ops.follow_matches."""
+    batch, nodes = tokens.shape
+    levels = routes.shape[1]
+    depth = tokens.new_empty(batch)
+    path, said = tokens.new_empty(batch, levels), tokens.new_empty(batch, levels)
+    _follow_kernel[(batch,)](
+        tokens.contiguous(), drawn.contiguous(), parents, ancestors.view(torch.uint8), routes,
+        depth, path, said, nodes, levels, NODES=triton.next_power_of_2(nodes),
+        LEVELS=triton.next_power_of_2(levels),
+    )  # fmt: skip
+    return depth, path, said

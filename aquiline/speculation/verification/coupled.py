@@ -8,13 +8,13 @@ Proof: docs/losslessness.md. Loop-free: a node counts if all its ancestors match
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from aquiline.kernels import ops
 from aquiline.sampling.draw import draw, draw_top, position_noise
 from aquiline.speculation.tree import TreeTables
 from aquiline.speculation.verification.noise import RoundNoise
-from aquiline.speculation.verification.verdict import Verdict, verdict_of
+from aquiline.speculation.verification.verdict import Verdict
 
 
 class Coupled:
@@ -43,8 +43,4 @@ def accept(tree: TreeTables, tokens: Tensor, drawn: Tensor) -> Verdict:
         tokens: [B, N] the token at each node (siblings differ).
         drawn: [B, N] the token drawn from the target after each node.
     """
-    matches = tokens == drawn.gather(1, tree.parents.expand(tokens.shape))
-    matches[:, 0] = True
-    reached = (matches[:, None, :] | ~tree.ancestors).all(dim=-1)
-    leaf = torch.where(reached, tree.depths, -1).argmax(dim=-1)
-    return verdict_of(tree, leaf, drawn)
+    return Verdict(*ops.follow_matches(tokens, drawn, tree.parents, tree.ancestors, tree.routes))
