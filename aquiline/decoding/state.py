@@ -53,7 +53,7 @@ class DecodeState:
         return DecodeState(*(getattr(self, f.name).index_select(0, rows) for f in fields(self)))
 
     def copy(self, state: DecodeState, count: int) -> None:
-        """Overwrite the first ``count`` rows; ``state`` may hold fewer pending columns than self."""
+        """Overwrite the first ``count`` rows; ``state`` may hold fewer pending columns."""
         for f in fields(self):
             theirs = getattr(state, f.name)
             ours = getattr(self, f.name)[:count]
