@@ -1,8 +1,8 @@
 """DeviceRows: what the device holds of requests, one row each.
 
 The engine keeps one set of rows for all its requests, and for each batch size a set that rounds
-work on: while the same requests run, nothing moves; when that changes, rows are taken from the first
-set and later put back.
+work on: while the same requests run, nothing moves; when that changes, rows are taken from the
+first set and later put back.
 """
 
 from __future__ import annotations

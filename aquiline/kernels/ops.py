@@ -72,17 +72,21 @@ class Norm(NamedTuple):
 class Normed(NamedTuple):
     """A vector x [..., d] that is read through a norm, if there is one.
 
-    Where the kernel that wrote x prepared the norm, ``scaled`` is x * weight and ``squares`` [P, R]
-    are shares of the sum of x^2 of each row; a linear layer then divides its result by rms(x).
+    Where the kernel that wrote x prepared the norm: for few rows ``scaled`` is x * weight and
+    ``squares`` [P, R] are shares of the sum of x^2 of each row, and a linear layer divides its
+    result by rms(x); for many, ``ready`` is norm(x).
     """
 
     x: Tensor
     norm: Norm | None
     scaled: Tensor | None = None
     squares: Tensor | None = None
+    ready: Tensor | None = None
 
     def value(self) -> Tensor:
         """norm(x)."""
+        if self.ready is not None:
+            return self.ready
         return self.x if self.norm is None else rms_norm(self.x, *self.norm)
 
 
@@ -154,10 +158,11 @@ def residual_linear(
         return Normed(out[0], norm, out[1], out[2])
     if packed is not None:
         return Normed(cpu.packed_linear(x, packed, None, residual), norm)
-    if x.is_cuda and not torch.is_grad_enabled():
-        flat = torch.addmm(residual.flatten(0, -2), x.flatten(0, -2), weight.t())
-        return Normed(flat.view(residual.shape), norm)
-    return Normed(residual + reference.linear(x, weight, None), norm)
+    product = reference.linear(x, weight, None)
+    if norm is not None and _fast(x):
+        total, normed = elementwise.add_norm(product, residual, *norm)
+        return Normed(total, norm, ready=normed)
+    return Normed(residual + product, norm)
 
 
 def _skinny_linear(

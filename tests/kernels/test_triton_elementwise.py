@@ -22,6 +22,13 @@ def test_rms_norm(size):
     )
 
 
+def test_add_norm():
+    x, residual, weight = normal(2, 3, 40), normal(2, 3, 40, seed=1), normal(40, seed=2)
+    total, normed = elementwise.add_norm(x, residual, weight, 1e-5)
+    torch.testing.assert_close(total, x + residual)
+    torch.testing.assert_close(normed, reference.rms_norm(x + residual, weight, 1e-5))
+
+
 @pytest.mark.parametrize("size", [4, 96, 1000])
 def test_silu_mul(size):
     x = normal(2, 3, 2 * size)

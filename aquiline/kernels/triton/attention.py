@@ -8,9 +8,6 @@ product, so four nodes of a model with four query heads a key head fill it exact
         suffix   the last share is the tree, masked by ancestors      | one log-sum-exp
     combine      merges the shares of a row by their log-sum-exp (skipped if there is one share)
 
-Committed slots were written in earlier rounds, so a share asks for its own before it waits for the
-kernel in front (launch.py); lengths and pages read that early are only used to ask.
-
 Shares follow the lengths, which are read on the device; their number follows shapes alone, so a
 CUDA graph can replay.
 """
@@ -23,20 +20,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from aquiline.kernels.triton.launch import (
-    INTERPRET,
-    LINE,
-    begin,
-    dependent_launch,
-    options,
-    prefetch_rows,
-)
+from aquiline.kernels.triton.launch import INTERPRET, begin, dependent_launch, options
 
 LOG2E = 1.4426950408889634
 PROGRAMS = 264  # two per multiprocessor of an H100: enough loads in flight to keep it busy
-PREFETCH = 512  # tokens of a share that are asked for early
 
 
 @triton.jit
@@ -74,12 +62,12 @@ def _attend(q, k, v, seen, top, total, acc, UPCAST: tl.constexpr):
 @triton.jit
 def _tree_attention(
     q, k_cache, v_cache, page_table, prefix_lengths, mask, out, part_out, part_lse,
-    scale, rows, suffix, table_stride, slot_stride, mask_b, mask_t, pages,
+    scale, rows, suffix, table_stride, slot_stride, mask_b, mask_t,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
     PAGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_SUFFIX: tl.constexpr, STAGES: tl.constexpr,
     SUFFIX_STAGES: tl.constexpr, PREFIX_SHARES: tl.constexpr, PDL: tl.constexpr,
-    PREFETCH: tl.constexpr, ROW_BYTES: tl.constexpr, LINE: tl.constexpr, UPCAST: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0) % SPLITS
     row_tile = tl.program_id(0) // SPLITS
@@ -89,20 +77,7 @@ def _tree_attention(
     k_head = k_cache + head * D
     v_head = v_cache + head * D
     n = tl.arange(0, BLOCK_N)
-    if PDL:
-        gdc_launch_dependents()
-        if PREFETCH > 0:
-            early = tl.minimum(tl.load(prefix_lengths + request), table_stride * PAGE).to(tl.int32)
-            first = (tl.cdiv(early, BLOCK_N) * split) // PREFIX_SHARES * BLOCK_N
-            last = (tl.cdiv(early, BLOCK_N) * (split + 1)) // PREFIX_SHARES * BLOCK_N
-            for start in range(first, tl.minimum(last, first + PREFETCH), BLOCK_N):
-                ok = start + n < early
-                page = tl.load(table + (start + n) // PAGE, mask=ok, other=0)
-                page = tl.where((page >= 0) & (page < pages), page, 0)
-                rows_at = (page * PAGE + (start + n) % PAGE) * slot_stride
-                prefetch_rows((k_head + rows_at).to(tl.int64), ok, ROW_BYTES, LINE)
-                prefetch_rows((v_head + rows_at).to(tl.int64), ok, ROW_BYTES, LINE)
-        gdc_wait()
+    begin(PDL)
     r = row_tile * BLOCK_R + tl.arange(
         0, BLOCK_R
     )  # row r is token r // GROUP, query head r % GROUP
@@ -190,11 +165,12 @@ class AttentionShape:
         packed = rows * group
         block_r = min(max(16, triton.next_power_of_2(packed)), 64 if rows > MAX_TREE else 128)
         programs = batch * kv_heads * triton.cdiv(packed, block_r)
-        splits = max(1, min(33, PROGRAMS // programs, capacity // 256))
-        if rows > MAX_TREE:
+        splits = min(33, PROGRAMS // programs, capacity // 256)
+        if rows > MAX_TREE or splits < 4:  # one share more costs more than it balances
             splits = 1
-        # A page lookup precedes each tile, so five stages keep two tiles in flight.
-        return cls(block_r, 64, splits, 8 if block_r >= 128 else 4, 3 if block_r >= 64 else 5)
+        # A page lookup precedes each tile, so N stages keep N // 2 tiles in flight.
+        stages = 3 if block_r >= 64 else 7 if splits > 1 else 5
+        return cls(block_r, 64, splits, 8 if block_r >= 128 else 4, stages)
 
 
 MAX_TREE = 128  # more rows than this are a prompt
@@ -233,17 +209,15 @@ def tree_attention(
     grid = (cut.splits * triton.cdiv(rows * group, cut.block_r), kv_heads, batch)
     padded = max(16, triton.next_power_of_2(size))
     prefix_shares = cut.splits - 1 if cut.splits > 1 and suffix_rows else cut.splits
-    row_bytes = size * k_cache.element_size()
     _tree_attention[grid](
         q, k_cache, v_cache, page_table, prefix_lengths, mask, out, part_out, part_lse,
         size**-0.5 * LOG2E, rows, suffix_rows, page_table.stride(0), k_cache.stride(0),
-        mask_b, mask_t, k_cache.shape[0] // page_size, HEADS=heads, GROUP=group, D=size,
+        mask_b, mask_t, HEADS=heads, GROUP=group, D=size,
         D_PAD=padded, PAGE=page_size,
         BLOCK_R=cut.block_r, BLOCK_N=cut.block_n, SPLITS=cut.splits, CAUSAL=mask is None,
         HAS_SUFFIX=suffix_rows > 0, STAGES=cut.stages,
         SUFFIX_STAGES=1 if rows <= MAX_TREE else cut.stages, PREFIX_SHARES=prefix_shares, PDL=pdl,
-        PREFETCH=PREFETCH if cut.splits > 1 and row_bytes >= LINE else 0, ROW_BYTES=row_bytes,
-        LINE=LINE, UPCAST=INTERPRET,
+        UPCAST=INTERPRET,
         **options(cut.warps, cut.stages),
     )  # fmt: skip
     if cut.splits > 1:

@@ -35,6 +35,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
+def _add_norm(x, residual, weight, total, normed, eps, SIZE: tl.constexpr, PAD: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
+    begin(PDL)
+    row = tl.program_id(0)
+    i = tl.arange(0, PAD)
+    ok = i < SIZE
+    value = tl.load(x + row * SIZE + i, mask=ok, other=0.0).to(tl.float32)
+    value += tl.load(residual + row * SIZE + i, mask=ok, other=0.0).to(tl.float32)
+    rounded = value.to(total.dtype.element_ty)
+    tl.store(total + row * SIZE + i, rounded, mask=ok)
+    value = rounded.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(value * value, axis=0) / SIZE + eps)
+    scale = tl.load(weight + i, mask=ok, other=0.0).to(tl.float32)
+    tl.store(normed + row * SIZE + i, (value * factor * scale).to(normed.dtype.element_ty), mask=ok)
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + residual, and its rms_norm."""
+    size = x.shape[-1]
+    total, normed = torch.empty_like(x), torch.empty_like(x)
+    _add_norm[(x.numel() // size,)](
+        x.contiguous(), residual.contiguous(), weight, total, normed, eps, SIZE=size,
+        PAD=triton.next_power_of_2(size), PDL=dependent_launch(),
+        **options(8 if size >= 2048 else 4),
+    )  # fmt: skip
+    return total, normed
+
+
+@triton.jit
 def _silu_mul(gate_up, out, SIZE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     begin(PDL)
     row = tl.program_id(0)

@@ -142,7 +142,6 @@ def _skinny(
 # from the rule below.
 TILES = {
     (4096, 14336): (32, 512, 4, 4, 0),
-    (128256, 4096): (64, 256, 4, 3, 0),
 }
 
 
@@ -158,6 +157,8 @@ def tile_of(columns: int, width: int, rows: int) -> tuple[int, int, int, int, in
     else:
         block_n = 64 if columns >= 4096 else 32 if columns >= 2048 else 16
         block_k, warps, stages, prefetch = 256, 4, 4, 2048
+        if columns >= 32000:  # a head: many waves, of which the first alone could ask ahead
+            stages, prefetch = 3, 0
     if rows > 16:
         block_k = min(block_k, 256 if rows <= 32 else 128)
     tile_bytes = (block_n + rows) * block_k * 2
