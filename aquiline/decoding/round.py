@@ -54,7 +54,7 @@ def decode_round(
         state: see DecodeState; not modified.
     """
     lengths = state.lengths
-    after = lengths[:, None] + 1 + torch.arange(tree.shape.depth + 1, device=lengths.device)
+    after = lengths[:, None] + tree.steps
     vocab = models.target.config.vocab_size
     drafter = models.drafter
     draft_ids = None if drafter is None else drafter.head.token_ids
@@ -82,8 +82,7 @@ def _verify(
     tokens: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The target over the whole tree: what the draft reads of it, and raw logits [B, N, V]."""
-    nodes = torch.arange(tree.shape.size, device=lengths.device)
-    slots = ops.slots_at(page_table, lengths[:, None] + nodes, plane.page_size)
+    slots = ops.slots_at(page_table, lengths[:, None] + tree.nodes, plane.page_size)
     if tree.shape.size == 1:
         plan = TreePlan(page_table, lengths + 1, slots, 0)
     else:
@@ -105,8 +104,7 @@ def _commit_path(
         return
     start = lengths[:, None]
     source = ops.slots_at(page_table, start + verdict.path[:, 1:], plane.page_size)
-    depths = torch.arange(1, tree.shape.depth + 1, device=lengths.device)
-    target = ops.slots_at(page_table, start + depths, plane.page_size)
+    target = ops.slots_at(page_table, start + tree.steps[:-1], plane.page_size)
     plane.commit_path(source, target)
 
 
@@ -159,29 +157,29 @@ class _Drafting:
 
         Padding rows (past a request's count) write to the dustbin. The CPU trims them.
         """
-        state, device = self.state, self.state.lengths.device
-        width = state.pending_tokens.shape[1]
-        if device.type == "cpu":
+        state = self.state
+        width = state.room
+        if state.lengths.device.type == "cpu":
             width = int(state.pending_counts.max())
-        counts, columns = state.pending_counts[:, None], torch.arange(width, device=device)
-        start = state.lengths - state.pending_counts
-        valid = columns < counts
-        positions = torch.where(valid, start[:, None] + columns, 0)
-        slots = ops.slots_at(self.page_table, positions, self.plane.page_size)
+        start, positions, slots = ops.pending_rows(
+            self.page_table, state.lengths, state.pending_counts, width, self.plane.page_size
+        )
         if width == 1:
             plan = TreePlan(self.page_table, start + 1, slots, 0)
         else:
-            plan = TreePlan(self.page_table, start, torch.where(valid, slots, 0), width)
+            plan = TreePlan(self.page_table, start, slots, width)
         tokens, features = state.pending_tokens[:, :width], state.pending_features[:, :width]
         hidden = self._run(tokens, self.drafter.draft.fuse(features), positions, plan)
-        last = (counts - 1)[:, :, None].expand(-1, 1, hidden.shape[-1])
+        last = (state.pending_counts - 1)[:, None, None].expand(-1, 1, hidden.shape[-1])
         return hidden.gather(1, last)
 
     def _expand(self, above: DraftedLevel) -> Tensor:
         """Feed the expanded nodes of a level, with the features their parents predicted."""
         tree, lengths, depth = self.tree, self.state.lengths, above.depth
         nodes = tree.expanded_nodes[depth]
-        features = self._features[:, above.level.parents[above.level.expanded]]
+        level, features = above.level, self._features
+        if not level.only_children:
+            features = features[:, level.sources]
         positions = (lengths + depth - 1)[:, None].expand(-1, len(nodes))
         slots = ops.slots_at(self.page_table, lengths[:, None] + nodes - 1, self.plane.page_size)
         if tree.shape.depth == tree.shape.size - 1:  # a chain: what it sees is contiguous

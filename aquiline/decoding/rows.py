@@ -7,7 +7,7 @@ first set and later put back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,9 +69,8 @@ def advance(
     """One round of all rows, in place -> emitted [R, 1 + D + 1]: how many draft tokens were
     accepted, then the tokens, that many and one more of them valid."""
     result = decode_round(models, planes, tree, rule, rows.page_table, rows.state, rows.sampling)
-    rows.state.copy(result.state, len(rows.active))
     # A padding row stays where it is: with room before it for the pairs that it feeds.
     lengths = torch.where(rows.active, result.state.lengths, rows.state.room)
-    rows.state.lengths.copy_(lengths)
+    rows.state.copy(replace(result.state, lengths=lengths), len(rows.active))
     verdict = result.verdict
     return torch.cat((verdict.accepted[:, None], verdict.tokens), dim=1)

@@ -32,6 +32,7 @@ __all__ = [
     "Norm",
     "Normed",
     "PackedWeight",
+    "PendingRows",
     "Stream",
     "draw_top",
     "follow_matches",
@@ -41,6 +42,7 @@ __all__ = [
     "move_kv",
     "multi_round_accept",
     "pack_weight",
+    "pending_rows",
     "philox",
     "plan_attention",
     "probabilities",
@@ -221,6 +223,23 @@ def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
     if positions.is_cuda:
         return elementwise.slots_at(page_table, positions, page_size)
     return reference.slots_at(page_table, positions, page_size)
+
+
+class PendingRows(NamedTuple):
+    """Where pending rows go: start [B]; positions and slots [B, P], 0 past a request's count."""
+
+    start: Tensor
+    positions: Tensor
+    slots: Tensor
+
+
+def pending_rows(
+    page_table: Tensor, lengths: Tensor, counts: Tensor, width: int, page_size: int
+) -> PendingRows:
+    """``counts`` [B] rows of at most ``width`` = P, the last of them at ``lengths`` [B] - 1."""
+    if lengths.is_cuda:
+        return PendingRows(*elementwise.pending_rows(page_table, lengths, counts, width, page_size))
+    return PendingRows(*reference.pending_rows(page_table, lengths, counts, width, page_size))
 
 
 class Followed(NamedTuple):

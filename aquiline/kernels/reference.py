@@ -120,5 +120,16 @@ def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
     return pages * page_size + positions % page_size
 
 
+def pending_rows(
+    page_table: Tensor, lengths: Tensor, counts: Tensor, width: int, page_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    columns = torch.arange(width, device=lengths.device)
+    start = lengths - counts
+    valid = columns < counts[:, None]
+    positions = torch.where(valid, start[:, None] + columns, 0)
+    slots = torch.where(valid, slots_at(page_table, positions, page_size), 0)
+    return start, positions, slots
+
+
 def move_kv(cache: Tensor, source: Tensor, target: Tensor) -> None:
     cache.index_copy_(2, target.flatten(), cache.index_select(2, source.flatten()))

@@ -31,7 +31,7 @@ class DraftedLevel:
     @property
     def expanded_tokens(self) -> Tensor:
         """[B, E] tokens of the nodes that have children."""
-        return self.tokens[:, self.level.expanded]
+        return self.tokens if self.level.all_expanded else self.tokens[:, self.level.expanded]
 
 
 def grow(
@@ -48,7 +48,8 @@ def grow(
     above: DraftedLevel | None = None
     for depth, level in enumerate(tree.levels, start=1):
         best = propose(above, level.fan_out)  # [B, E, fan_out]
-        tokens = to_target(best[:, level.parents, level.ranks])
+        chosen = best.flatten(1) if level.whole else best[:, level.parents, level.ranks]
+        tokens = to_target(chosen)
         columns.append(tokens)
         above = DraftedLevel(depth, level, tokens)
     return torch.cat(columns, dim=1)

@@ -45,6 +45,10 @@ class Level:
         ranks: [W] which of the parent's children each node is.
         fan_out: children wanted from each parent at most (max rank + 1).
         expanded: [E] index within this level of the nodes that have children themselves.
+        sources: [E] index of each one's parent among ``expanded`` of the level above.
+        whole: every parent has all ``fan_out`` children, so drafting order is node order.
+        all_expanded: every node has children.
+        only_children: the expanded nodes and their parents are one to one, in order.
     """
 
     nodes: Tensor
@@ -52,6 +56,10 @@ class Level:
     ranks: Tensor
     fan_out: int
     expanded: Tensor
+    sources: Tensor
+    whole: bool
+    all_expanded: bool
+    only_children: bool
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,8 @@ class TreeTables:
     """Static tensors of a tree of N nodes and depth D.
 
     Attributes:
-        parents, depths: [N] int64.
+        parents, depths, nodes: [N] int64; ``nodes`` counts from 0.
+        steps: [D + 1] how far past the root each depth's next token is, from 1.
         ancestors: [N, N] bool; row i is True at i and at every ancestor of i (the tree mask).
         routes: [N, D + 1] the node at each depth on the way to node i; past its depth, i itself.
         levels: drafting steps for depth 1..D.
@@ -152,6 +161,8 @@ class TreeTables:
     shape: TreeShape
     parents: Tensor
     depths: Tensor
+    nodes: Tensor
+    steps: Tensor
     ancestors: Tensor
     routes: Tensor
     levels: tuple[Level, ...]
@@ -185,7 +196,8 @@ class TreeTables:
         width = max(1, *map(len, shape.children))
         children = [(*nodes, *[-1] * (width - len(nodes))) for nodes in shape.children]
         return cls(
-            shape, tensor(shape.parents), tensor(shape.depths), mask.to(device), tensor(routes),
+            shape, tensor(shape.parents), tensor(shape.depths), tensor(range(shape.size)),
+            tensor(range(1, shape.depth + 2)), mask.to(device), tensor(routes),
             levels, tensor(children), tuple(map(tensor, expanded)),
             tuple(tensor([depth] * len(nodes)) for depth, nodes in enumerate(expanded)),
             tensor([index.get(node, 0) for node in range(shape.size)]),
@@ -198,14 +210,21 @@ def _level(shape: TreeShape, depth: int, device: torch.device) -> Level:
     above = [node for node in range(shape.size) if shape.depths[node] == depth - 1]
     expanded_above = [node for node in above if shape.children[node]]
     ranks = [shape.children[shape.parents[node]].index(node) for node in nodes]
+    parents = [expanded_above.index(shape.parents[node]) for node in nodes]
+    expanded = [i for i, node in enumerate(nodes) if shape.children[node]]
+    sources = [parents[i] for i in expanded]
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     return Level(
         nodes=tensor(nodes),
-        parents=tensor([expanded_above.index(shape.parents[node]) for node in nodes]),
+        parents=tensor(parents),
         ranks=tensor(ranks),
         fan_out=max(ranks) + 1,
-        expanded=tensor([i for i, node in enumerate(nodes) if shape.children[node]]),
+        expanded=tensor(expanded),
+        sources=tensor(sources),
+        whole=len(nodes) == len(expanded_above) * (max(ranks) + 1),
+        all_expanded=len(expanded) == len(nodes),
+        only_children=sources == list(range(len(expanded_above))),
     )

@@ -65,3 +65,11 @@ def test_slots_at():
     assert torch.equal(
         elementwise.slots_at(page_table, positions, 8), reference.slots_at(page_table, positions, 8)
     )
+
+
+def test_pending_rows():
+    page_table = torch.randperm(40)[:12].view(2, 6)
+    arguments = page_table, torch.tensor([9, 30]), torch.tensor([3, 1]), 5, 8
+    got, expected = elementwise.pending_rows(*arguments), reference.pending_rows(*arguments)
+    for one, other in zip(got, expected, strict=True):
+        assert torch.equal(one, other)

@@ -195,3 +195,35 @@ def slots_at(page_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
         PDL=dependent_launch(), **options(1),
     )  # fmt: skip
     return out
+
+
+@triton.jit
+def _pending_rows(page_table, lengths, counts, start, positions, slots, table_stride, width,
+                  PAGE: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    begin(PDL)
+    request = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    count = tl.load(counts + request)
+    first = tl.load(lengths + request) - count
+    tl.store(start + request, first)
+    valid = column < count
+    position = tl.where(valid, first + column, 0)
+    page = tl.load(page_table + request * table_stride + position // PAGE, mask=valid, other=0)
+    slot = tl.where(valid, page * PAGE + position % PAGE, 0)
+    place = request * width + column
+    tl.store(positions + place, position, mask=column < width)
+    tl.store(slots + place, slot, mask=column < width)
+
+
+def pending_rows(
+    page_table: Tensor, lengths: Tensor, counts: Tensor, width: int, page_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See ops.pending_rows."""
+    batch = len(lengths)
+    start = torch.empty_like(lengths)
+    positions, slots = lengths.new_empty(batch, width), lengths.new_empty(batch, width)
+    _pending_rows[(batch,)](
+        page_table, lengths, counts, start, positions, slots, page_table.stride(0), width,
+        PAGE=page_size, BLOCK=triton.next_power_of_2(width), PDL=dependent_launch(), **options(1),
+    )  # fmt: skip
+    return start, positions, slots
