@@ -63,5 +63,5 @@ def test_bf16():
 def test_the_choice_of_shape_fits_the_card():
     assert AttentionShape.of(1, 4, 4, 8, 8192).splits == 32
     assert AttentionShape.of(64, 4, 4, 8, 8192).splits == 1
-    assert AttentionShape.of(1, 32, 4, 8, 8192).block_r == 128
+    assert AttentionShape.of(1, 32, 4, 8, 8192).block_r == 64
     assert AttentionShape.of(1, 1000, 3, 3, 8192).splits == 1

@@ -163,14 +163,14 @@ class AttentionShape:
     def of(cls, batch: int, rows: int, group: int, kv_heads: int, capacity: int) -> AttentionShape:
         """For ``rows`` tokens a request and a page table of ``capacity`` tokens."""
         packed = rows * group
-        block_r = min(max(16, triton.next_power_of_2(packed)), 64 if rows > MAX_TREE else 128)
+        block_r = min(max(16, triton.next_power_of_2(packed)), 64)
         programs = batch * kv_heads * triton.cdiv(packed, block_r)
         splits = min(33, PROGRAMS // programs, capacity // 256)
         if rows > MAX_TREE or splits < 4:  # one share more costs more than it balances
             splits = 1
         # A page lookup precedes each tile, so N stages keep N // 2 tiles in flight.
-        stages = 3 if block_r >= 64 else 7 if splits > 1 else 5
-        return cls(block_r, 64, splits, 8 if block_r >= 128 else 4, stages)
+        stages = 3 if rows > MAX_TREE else 7 if splits > 1 and block_r < 64 else 5
+        return cls(block_r, 64, splits, 4, stages)
 
 
 MAX_TREE = 128  # more rows than this are a prompt
