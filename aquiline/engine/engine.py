@@ -22,7 +22,11 @@ from aquiline.text.detokenizer import Detokenizer
 
 
 class Engine:
-    """Continuous batching: requests join and leave between steps."""
+    """Continuous batching: requests join and leave between steps.
+
+    Attributes:
+        warm_up: graphs captured at start, with their time and memory.
+    """
 
     def __init__(self, config: EngineConfig, loaded: LoadedModel) -> None:
         self.config, self.tokenizer = config, loaded.tokenizer
@@ -37,6 +41,7 @@ class Engine:
         self.runner = Runner(
             loaded.models, planes, chooser.candidates, RULES[rule], config.max_num_seqs, columns
         )
+        self.warm_up = self.runner.warm_up(chooser)
         self._flight: deque[Ticket] = deque()
         self._next_id = 0
 

@@ -6,6 +6,8 @@ pinned memory behind it and read one step later. On the CPU the same round runs 
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
@@ -19,10 +21,12 @@ from aquiline.decoding.rows import DeviceRows, advance
 from aquiline.engine.scheduler import Batch, StepTokens
 from aquiline.engine.sequence import Sequence
 from aquiline.sampling.batch import SamplingBatch
-from aquiline.speculation.dispatch.dispatcher import BATCH_BUCKETS
+from aquiline.speculation.dispatch.dispatcher import BATCH_BUCKETS, TreeChooser
+from aquiline.speculation.dispatch.paths import BANDS
 from aquiline.speculation.tree import TreeShape, TreeTables
 from aquiline.speculation.verification.rules import RuleFactory
 
+WARM_CONTEXTS = (512, 8192)
 IN_FLIGHT = 3  # host buffers in turn: one being read, one under way, one being filled
 
 
@@ -41,6 +45,15 @@ class Ticket:
     emitted: Tensor
     tree: TreeShape | None
     done: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What it took to be ready: graphs captured, seconds, and bytes of device memory."""
+
+    graphs: int
+    seconds: float
+    memory: int
 
 
 class Runner:
@@ -72,12 +85,19 @@ class Runner:
         self._buffers: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
         self._sampling: tuple[tuple[Sequence, ...], SamplingBatch] | None = None
 
-    def warm_up(self, batches: Items[int] = (1,)) -> None:
-        """Capture the graphs of these batch sizes and every tree, so that no request waits."""
-        if self.cuda:
-            for batch in batches:
-                for tree in range(len(self.trees)):
-                    self._graph(bucket_of(batch, self.max_rows), tree)
+    @torch.inference_mode()
+    def warm_up(self, chooser: TreeChooser) -> WarmUp:
+        """Capture the graphs that ``chooser`` would ask for at short and long contexts, so that no
+        request waits for them; another one is captured when it is first needed."""
+        if not self.cuda:
+            return WarmUp(0, 0.0, 0)
+        started, before = time.perf_counter(), torch.cuda.memory_reserved()
+        sizes = {*(size for size in BATCH_BUCKETS if size < self.max_rows), self.max_rows}
+        for size, context, band in itertools.product(sorted(sizes), WARM_CONTEXTS, BANDS):
+            self._graph(size, chooser.choose(size, size * context, band))
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        return WarmUp(len(self._graphs), seconds, torch.cuda.memory_reserved() - before)
 
     @property
     def max_rows(self) -> int:
