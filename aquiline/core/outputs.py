@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -46,12 +48,23 @@ class SpeculationStats:
 class RequestOutput:
     """The state of one request after a step; the last one has ``finished`` set.
 
-    ``text_delta`` is what this step added to the text.
+    ``text_delta`` is what this step added to the text. ``outputs`` and ``speculation`` are made
+    when they are first looked at, and show the state after this step even then.
     """
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
-    outputs: tuple[CompletionOutput, ...]
-    speculation: SpeculationStats
     finished: bool
-    text_delta: str = ""
+    text_delta: str
+    completion: Callable[[], CompletionOutput] = field(repr=False)
+    statistics: Callable[[], SpeculationStats] = field(repr=False)
+
+    @cached_property
+    def outputs(self) -> tuple[CompletionOutput, ...]:
+        """One for each choice."""
+        return (self.completion(),)
+
+    @cached_property
+    def speculation(self) -> SpeculationStats:
+        """What speculation did for the request so far."""
+        return self.statistics()

@@ -84,29 +84,36 @@ class Sequence:
 
     def extend(self, tokens: Tokens[int], depths: Tokens[int]) -> str:
         """Append emitted tokens up to the first stop condition; returns the new text."""
-        delta = ""
-        for token, depth in zip(tokens, depths, strict=True):
-            self.output.append(token)
-            self.depths.append(depth)
-            ended = token in self.end_tokens
-            if not ended:
-                delta += self.detokenizer.append([token])
-            if ended or self.detokenizer.stopped_at is not None:
-                self.finish_reason = "stop"
-            elif len(self.output) >= self.max_tokens:
-                self.finish_reason = "length"
-            if self.finish_reason is not None:
-                return delta + self.detokenizer.finish()
-        return delta
+        room = self.max_tokens - len(self.output)
+        end = next((at for at, token in enumerate(tokens) if token in self.end_tokens), None)
+        ended = end is not None and end < room
+        kept = tokens[: end + 1] if end is not None and ended else tokens[:room]
+        delta = self.detokenizer.append(kept[:-1] if ended else kept)
+        if self.detokenizer.stopped_at is not None:
+            kept = kept[: self.detokenizer.stopped_at - len(self.output)]
+            ended = True
+        self.output += kept
+        self.depths += depths[: len(kept)]
+        if ended:
+            self.finish_reason = "stop"
+        elif len(self.output) >= self.max_tokens:
+            self.finish_reason = "length"
+        return delta if self.finish_reason is None else delta + self.detokenizer.finish()
 
     def output_now(self, delta: str = "") -> RequestOutput:
-        """The request's state as the user sees it."""
-        completion = CompletionOutput(self.detokenizer.text, tuple(self.output), self.finish_reason)
-        stats = SpeculationStats(
-            self.rounds, self.emitted, self.drafted, tuple(self.accepted_by_depth),
-            tuple(self.depths),
-        )  # fmt: skip
+        """The request's state as the user sees it; made when looked at, so that a step costs
+        nothing that grows with the text."""
+        count, parts, reason = len(self.output), self.detokenizer.num_parts, self.finish_reason
+        counts = self.rounds, self.emitted, self.drafted, tuple(self.accepted_by_depth)
+
+        def completion() -> CompletionOutput:
+            text = self.detokenizer.text_of(parts)
+            return CompletionOutput(text, tuple(self.output[:count]), reason)
+
+        def statistics() -> SpeculationStats:
+            return SpeculationStats(*counts, tuple(self.depths[:count]))
+
+        request = self.request
         return RequestOutput(
-            self.request.id, self.request.prompt_token_ids, (completion,), stats,
-            self.finish_reason is not None, delta,
-        )  # fmt: skip
+            request.id, request.prompt_token_ids, reason is not None, delta, completion, statistics
+        )

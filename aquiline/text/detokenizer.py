@@ -52,6 +52,15 @@ class Detokenizer:
         """All text shown so far."""
         return "".join(self._parts)
 
+    @property
+    def num_parts(self) -> int:
+        """Pieces of text shown so far."""
+        return len(self._parts)
+
+    def text_of(self, parts: int) -> str:
+        """The first ``parts`` pieces: the text when there were that many."""
+        return "".join(self._parts[:parts])
+
     def append(self, token_ids: Sequence[int]) -> str:
         """Take in new tokens; return the new text that is final."""
         runs = [[token] for token in token_ids] if self._stop else [token_ids]
