@@ -59,18 +59,28 @@ def _attend(q, k, v, seen, top, total, acc, UPCAST: tl.constexpr):
     return new_top, total, acc
 
 
-@triton.jit
+# Rows, shares and strides change with batch and tree; none is worth a compilation of its own.
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "suffix",
+        "table_stride",
+        "mask_b",
+        "mask_t",
+        "shares",
+        "prefix_shares",
+    ]
+)
 def _tree_attention(
     q, k_cache, v_cache, page_table, prefix_lengths, mask, out, part_out, part_lse,
-    scale, rows, suffix, table_stride, slot_stride, mask_b, mask_t,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-    PAGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    scale, rows, suffix, table_stride, slot_stride, mask_b, mask_t, shares,
+    prefix_shares, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, DIRECT: tl.constexpr,
     CAUSAL: tl.constexpr, HAS_SUFFIX: tl.constexpr, STAGES: tl.constexpr,
-    SUFFIX_STAGES: tl.constexpr, PREFIX_SHARES: tl.constexpr, PDL: tl.constexpr,
-    UPCAST: tl.constexpr,
+    SUFFIX_STAGES: tl.constexpr, PDL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    split = tl.program_id(0) % SPLITS
-    row_tile = tl.program_id(0) // SPLITS
+    split = tl.program_id(0) % shares
+    row_tile = tl.program_id(0) // shares
     head = tl.program_id(1)
     request = tl.program_id(2)
     table = page_table + request * table_stride
@@ -94,8 +104,8 @@ def _tree_attention(
     acc = tl.zeros((BLOCK_R, D_PAD), tl.float32)
     length = tl.load(prefix_lengths + request).to(tl.int32)
     tiles = tl.cdiv(length, BLOCK_N)
-    first = tl.minimum((tiles * split) // PREFIX_SHARES, tiles)
-    last = tl.minimum((tiles * (split + 1)) // PREFIX_SHARES, tiles)
+    first = tl.minimum((tiles * split) // prefix_shares, tiles)
+    last = tl.minimum((tiles * (split + 1)) // prefix_shares, tiles)
     for tile in tl.range(first, last, num_stages=STAGES):
         positions = tile * BLOCK_N + n
         ok = positions < length
@@ -103,7 +113,7 @@ def _tree_attention(
                           PAGE, PAGE % BLOCK_N == 0)  # fmt: skip
         top, total, acc = _attend(q_tile, k, v, ok[None, :], top, total, acc, UPCAST)
     if HAS_SUFFIX:
-        if split == SPLITS - 1:
+        if split == shares - 1:
             visible = suffix
             if CAUSAL:
                 visible = tl.minimum(suffix, ((row_tile + 1) * BLOCK_R - 1) // GROUP + 1)
@@ -121,30 +131,30 @@ def _tree_attention(
 
     safe_total = tl.where(total == 0.0, 1.0, total)
     result = acc / safe_total[:, None]
-    if SPLITS == 1:
+    if DIRECT:
         tl.store(out + row_place, result.to(out.dtype.element_ty),
                  mask=r_ok[:, None] & d_ok[None, :])  # fmt: skip
-    else:  # parts [B, T, H, SPLITS] and [B, T, H, SPLITS, D]
-        part = ((request * rows + t) * HEADS + head * GROUP + r % GROUP) * SPLITS + split
+    else:  # parts [B, T, H, shares] and [B, T, H, shares, D]
+        part = ((request * rows + t) * HEADS + head * GROUP + r % GROUP) * shares + split
         lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(safe_total))
         tl.store(part_lse + part, lse, mask=r_ok)
         tl.store(part_out + part[:, None] * D + d[None, :], result,
                  mask=r_ok[:, None] & d_ok[None, :])  # fmt: skip
 
 
-@triton.jit
-def _combine(part_out, part_lse, out, D: tl.constexpr, D_PAD: tl.constexpr,
-             SPLITS: tl.constexpr, SPLITS_PAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["shares"])
+def _combine(part_out, part_lse, out, shares, D: tl.constexpr, D_PAD: tl.constexpr,
+             SHARES_PAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One row's shares, weighted by exp(lse - the largest)."""
     begin(PDL)
     row = tl.program_id(0)
-    s = tl.arange(0, SPLITS_PAD)
+    s = tl.arange(0, SHARES_PAD)
     d = tl.arange(0, D_PAD)
-    lse = tl.load(part_lse + row * SPLITS + s, mask=s < SPLITS, other=float("-inf"))
+    lse = tl.load(part_lse + row * shares + s, mask=s < shares, other=float("-inf"))
     weights = tl.exp2(lse - tl.max(lse, axis=0))
-    place = (row * SPLITS + s)[:, None] * D + d[None, :]
+    place = (row * shares + s)[:, None] * D + d[None, :]
     # a share that saw nothing was written as 0
-    parts = tl.load(part_out + place, mask=(s < SPLITS)[:, None] & (d < D)[None, :], other=0.0)
+    parts = tl.load(part_out + place, mask=(s < shares)[:, None] & (d < D)[None, :], other=0.0)
     result = tl.sum(parts * weights[:, None], axis=0) / tl.sum(weights, axis=0)
     tl.store(out + row * D + d, result.to(out.dtype.element_ty), mask=d < D)
 
@@ -212,17 +222,15 @@ def tree_attention(
     _tree_attention[grid](
         q, k_cache, v_cache, page_table, prefix_lengths, mask, out, part_out, part_lse,
         size**-0.5 * LOG2E, rows, suffix_rows, page_table.stride(0), k_cache.stride(0),
-        mask_b, mask_t, HEADS=heads, GROUP=group, D=size,
-        D_PAD=padded, PAGE=page_size,
-        BLOCK_R=cut.block_r, BLOCK_N=cut.block_n, SPLITS=cut.splits, CAUSAL=mask is None,
-        HAS_SUFFIX=suffix_rows > 0, STAGES=cut.stages,
-        SUFFIX_STAGES=1 if rows <= MAX_TREE else cut.stages, PREFIX_SHARES=prefix_shares, PDL=pdl,
-        UPCAST=INTERPRET,
-        **options(cut.warps, cut.stages),
+        mask_b, mask_t, cut.splits, prefix_shares, HEADS=heads, GROUP=group, D=size,
+        D_PAD=padded, PAGE=page_size, BLOCK_R=cut.block_r, BLOCK_N=cut.block_n,
+        DIRECT=cut.splits == 1, CAUSAL=mask is None, HAS_SUFFIX=suffix_rows > 0,
+        STAGES=cut.stages, SUFFIX_STAGES=1 if rows <= MAX_TREE else cut.stages, PDL=pdl,
+        UPCAST=INTERPRET, **options(cut.warps, cut.stages),
     )  # fmt: skip
     if cut.splits > 1:
         _combine[(batch * rows * heads,)](
-            part_out, part_lse, out, D=size, D_PAD=padded, SPLITS=cut.splits,
-            SPLITS_PAD=triton.next_power_of_2(cut.splits), PDL=pdl, **options(2),
+            part_out, part_lse, out, cut.splits, D=size, D_PAD=padded,
+            SHARES_PAD=max(16, triton.next_power_of_2(cut.splits)), PDL=pdl, **options(2),
         )  # fmt: skip
     return out

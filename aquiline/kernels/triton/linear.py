@@ -32,7 +32,7 @@ from aquiline.kernels.triton.launch import (
 MAX_ROWS = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _skinny(
     x, w, bias, squares, residual, next_weight, out, next_scaled, next_squares,
     cos, signed_sin, slots, k_cache, v_cache, rows, columns, x_stride, angle_stride, eps,
