@@ -32,7 +32,7 @@ LLAMA_31_8B = LlamaConfig(
 
 TINY = LlamaConfig(  # to try a benchmark without a card
     architecture="LlamaForCausalLM", vocab_size=512, hidden_size=64, intermediate_size=96,
-    num_layers=6, num_heads=4, num_kv_heads=2, head_dim=16, rms_norm_eps=1e-5,
+    num_layers=8, num_heads=4, num_kv_heads=2, head_dim=16, rms_norm_eps=1e-5,
     rope_theta=10000.0, rope_scaling=None, max_position_embeddings=16384,
     tie_word_embeddings=False, attention_bias=False,
 )  # fmt: skip
