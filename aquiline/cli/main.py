@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from aquiline.cli import chat, data, demo, evaluate, generate, train, tune
+from aquiline.cli import bench, chat, data, demo, evaluate, generate, train, tune
 from aquiline.core.errors import AquilineError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("data")(data.data)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("tune")(tune.tune)
+app.command("bench")(bench.bench)
 
 
 def main() -> None:

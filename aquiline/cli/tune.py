@@ -33,6 +33,7 @@ from aquiline.speculation.tree import TreeShape
 from aquiline.speculation.verification.rules import RULES
 
 TEMPERATURES = (0.0, 0.6, 1.0)  # one for each band
+PATH_BATCH = {"cpu": 16, "cuda": 32}  # prompts decoded together; on a card rounds are launches
 CACHE_SHARE = 0.6  # of the free memory; the rest is for the round's own tensors
 
 
@@ -56,30 +57,20 @@ def tune(
 ) -> None:
     """Measure which paths the target accepts and what rounds cost; write the dispatch table."""
     chosen_rules = _rules(rules)
-    batch_sizes, lengths = _counts("--batches", batches), _counts("--contexts", contexts)
+    batch_sizes = positive_counts("--batches", batches)
+    lengths = positive_counts("--contexts", contexts)
     if repeats < 1:
         raise AquilineError(f"--repeats {repeats}: give at least 1")
     if max_tokens < 2:
         raise AquilineError(f"--max-tokens {max_tokens}: give at least 2; the prefill draws one")
     if not out.parent.is_dir():
         raise AquilineError(f"--out {out}: its folder does not exist; make it first")
-    texts = _texts(prompts, prompts_file)
+    texts = prompt_texts(prompts, prompts_file)
     console = Console(stderr=json_output, highlight=False, soft_wrap=True)
-    trees = [measurement_tree(rule, t) for rule in chosen_rules for t in TEMPERATURES]
-    speculation = SpeculationParams(model=draft, tree=max(trees, key=lambda tree: tree.size).paths)
-    loaded = load(EngineConfig(model, dtype, speculation=speculation))  # type: ignore[arg-type]
-
-    paths = _measure_paths(loaded, texts, chosen_rules, max_tokens, console)
-    pool = tuple(dict.fromkeys(tree for rule in chosen_rules for tree in tree_pool(paths, rule)))
-    costs = _measure_costs(loaded, pool, chosen_rules[0], batch_sizes, lengths, repeats, console)
-    device = loaded.models.device
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
-    origin = Provenance(
-        name, model, draft or "shipped", str(loaded.models.dtype).removeprefix("torch."),
-        {"torch": torch.__version__, "python": platform.python_version()},
-        datetime.date.today().isoformat(),
-    )  # fmt: skip
-    table = DispatchTable(origin, paths, costs, pool)
+    plan = TunePlan(tuple(texts), tuple(chosen_rules), tuple(batch_sizes), tuple(lengths),
+                    max_tokens, repeats)  # fmt: skip
+    loaded = load_for_tuning(EngineConfig(model, dtype), draft, plan)  # type: ignore[arg-type]
+    table = measure_table(loaded, model, draft, plan, console)
     table.save(out)
     picks = _picks(table, chosen_rules[0])
     for pick in picks:
@@ -93,35 +84,79 @@ def tune(
             json.dumps(
                 {
                     "out": str(out),
-                    "device": name,
-                    "trees": len(pool),
+                    "device": table.provenance.device,
+                    "trees": len(table.trees),
                     "picks": [dataclasses.asdict(pick) for pick in picks],
                 }
             )
         )
 
 
-def _measure_paths(
-    loaded: LoadedModel,
-    texts: list[str],
-    rules: list[VerificationRule],
-    max_tokens: int,
-    console: Console,
-) -> PathTable:
+@dataclass(frozen=True)
+class TunePlan:
+    """What to measure.
+
+    Attributes:
+        texts: chat prompts that paths are counted on, each for ``max_tokens``.
+        batches, contexts: loads that rounds are timed at; costs are those of the first rule.
+        temperatures: one for each band that matters.
+        capacity: tokens that the engine's page tables will have room for; None: the model's.
+    """
+
+    texts: tuple[str, ...]
+    rules: tuple[VerificationRule, ...]
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    max_tokens: int
+    repeats: int
+    temperatures: tuple[float, ...] = TEMPERATURES
+    capacity: int | None = None
+
+    @property
+    def jobs(self) -> list[tuple[VerificationRule, float]]:
+        return [(rule, temperature) for rule in self.rules for temperature in self.temperatures]
+
+
+def load_for_tuning(config: EngineConfig, draft: str | None, plan: TunePlan) -> LoadedModel:
+    """The models, with room for the largest tree that will be measured."""
+    largest = max((measurement_tree(*job) for job in plan.jobs), key=lambda tree: tree.size)
+    speculation = SpeculationParams(model=draft, tree=largest.paths)
+    return load(dataclasses.replace(config, speculation=speculation))
+
+
+def measure_table(
+    loaded: LoadedModel, model: str, draft: str | None, plan: TunePlan, console: Console
+) -> DispatchTable:
+    """Count paths, derive the pool from them, time its trees."""
+    paths = _measure_paths(loaded, plan, console)
+    pool = tuple(dict.fromkeys(tree for rule in plan.rules for tree in tree_pool(paths, rule)))
+    costs = _measure_costs(loaded, pool, plan, console)
+    device = loaded.models.device
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
+    origin = Provenance(
+        name, model, draft or "shipped", str(loaded.models.dtype).removeprefix("torch."),
+        {"torch": torch.__version__, "python": platform.python_version()},
+        datetime.date.today().isoformat(),
+    )  # fmt: skip
+    return DispatchTable(origin, paths, costs, pool)
+
+
+def _measure_paths(loaded: LoadedModel, plan: TunePlan, console: Console) -> PathTable:
     tokenizer, found = loaded.tokenizer, list[PathShares]()
-    prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
-    longest = max(map(len, prompts))
+    prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in plan.texts]
+    longest, max_tokens = max(map(len, prompts)), plan.max_tokens
     if longest + max_tokens > loaded.max_model_len:
         raise AquilineError(
             f"--max-tokens {max_tokens}: with a prompt of {longest} tokens it passes the context "
             f"of {loaded.max_model_len}; lower it or shorten the prompts"
         )
-    jobs = [(rule, temperature) for rule in rules for temperature in TEMPERATURES]
-    with _progress(console, "paths", len(jobs)) as bar:
-        for rule, temperature in jobs:
+    together = PATH_BATCH[loaded.models.device.type]
+    with _progress(console, "paths", len(plan.jobs)) as bar:
+        for rule, temperature in plan.jobs:
             shares = measure_paths(
                 loaded.models, prompts, measurement_tree(rule, temperature), max_tokens,
                 frozenset(tokenizer.eos_token_ids), SamplingParams(temperature=temperature), rule,
+                together,
             )  # fmt: skip
             if not shares.rounds:
                 raise AquilineError(
@@ -138,19 +173,16 @@ def _measure_paths(
 
 
 def _measure_costs(
-    loaded: LoadedModel,
-    pool: tuple[TreeShape, ...],
-    rule: VerificationRule,
-    batches: list[int],
-    contexts: list[int],
-    repeats: int,
-    console: Console,
+    loaded: LoadedModel, pool: tuple[TreeShape, ...], plan: TunePlan, console: Console
 ) -> CostTable:
     models, points = loaded.models, list[CostPoint]()
     largest = max(pool, key=lambda tree: tree.size)
-    lengths = sorted({min(context, loaded.max_model_len) for context in contexts})
-    with _progress(console, "costs", len(batches) * len(lengths) * len(pool)) as bar:
-        for batch in batches:
+    # As in an engine that chooses among the pool: state and page tables for the largest of it.
+    pending = max(tree.depth for tree in pool) + 1
+    capacity = plan.capacity or loaded.max_model_len + 2 * largest.size
+    lengths = sorted({min(context, loaded.max_model_len) for context in plan.contexts})
+    with _progress(console, "costs", len(plan.batches) * len(lengths) * len(pool)) as bar:
+        for batch in plan.batches:
             for context in lengths:
                 pages = pages_of(largest, batch, context)
                 size = pages * PAGE_SIZE * models.bytes_per_token()
@@ -164,8 +196,9 @@ def _measure_costs(
                 planes = models.planes(pages, PAGE_SIZE)
                 for tree in pool:
                     ms = measure_round_ms(
-                        models, planes, tree, batch, context, RULES[rule], repeats=repeats
-                    )
+                        models, planes, tree, batch, context, RULES[plan.rules[0]],
+                        repeats=plan.repeats, pending=pending, capacity=capacity,
+                    )  # fmt: skip
                     points.append(CostPoint(batch, tree.size, tree.depth, batch * context, ms))
                     bar.advance(bar.task_ids[0])
                 del planes
@@ -220,13 +253,14 @@ def _progress(console: Console, what: str, total: int) -> Iterator[Progress]:
         yield bar
 
 
-def _texts(prompts: int, file: Path | None) -> list[str]:
+def prompt_texts(prompts: int, file: Path | None) -> list[str]:
+    """MT-Bench first turns, spread over the categories, or what a file holds."""
     if file is not None:
         return options.read_prompts(None, file)
     tasks = load_task("mt-bench")
     if not 1 <= prompts <= len(tasks):
         raise AquilineError(f"--prompts {prompts}: give 1 to {len(tasks)}")
-    step = len(tasks) / prompts  # spread over the categories
+    step = len(tasks) / prompts
     return [tasks[int(index * step)].turns[0] for index in range(prompts)]
 
 
@@ -238,7 +272,8 @@ def _rules(text: str) -> list[VerificationRule]:
     return [rule for rule in known if rule in names]
 
 
-def _counts(option: str, text: str) -> list[int]:
+def positive_counts(option: str, text: str) -> list[int]:
+    """Positive integers of an option, ascending, each once."""
     try:
         counts = sorted({int(word) for word in text.split(",")})
     except ValueError:

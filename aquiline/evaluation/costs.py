@@ -54,6 +54,8 @@ def measure_round_ms(
     temperature: float = 0.0,
     repeats: int = 20,
     seconds: float = 2.0,
+    pending: int | None = None,
+    capacity: int | None = None,
 ) -> float:
     """Median milliseconds of one round of ``batch`` requests with ``context`` cached tokens each.
 
@@ -62,11 +64,18 @@ def measure_round_ms(
     Args:
         planes: a cache of at least ``pages_of(tree, batch, context)`` pages.
         repeats: rounds to time; fewer (3 at least) once ``seconds`` have passed.
+        pending: pairs that a row has room for, which a graph feeds to the draft whole: one more
+            than the depth of the deepest tree that an engine can choose; None: of this tree.
+        capacity: tokens that a page table has room for, by which kernels cut their work; None:
+            what this measurement needs.
     """
-    device = models.device
+    device, page_size = models.device, planes.target.page_size
     tables = tree.tables(device)
-    pages = (pages_of(tree, batch, context, planes.target.page_size) - 1) // batch
-    rows = _synthetic_rows(models, tree, batch, context, pages, temperature)
+    rows = synthetic_rows(
+        models, pending or tree.depth + 1, batch, context, temperature,
+        (pages_of(tree, batch, context, page_size) - 1) // batch,
+        -(-(capacity or 0) // page_size),
+    )  # fmt: skip
 
     def one_round() -> Tensor:
         return advance(models, planes, tables, rule, rows)
@@ -91,12 +100,18 @@ def measure_round_ms(
     return statistics.median(times)
 
 
-def _synthetic_rows(
-    models: DecoderModels, tree: TreeShape, batch: int, context: int, pages: int, temperature: float
+def synthetic_rows(
+    models: DecoderModels,
+    pending: int,
+    batch: int,
+    context: int,
+    temperature: float,
+    pages: int,
+    columns: int = 0,
 ) -> DeviceRows:
-    """Random roots and pending pairs, ``context`` committed tokens a row."""
+    """Random roots and pending pairs, ``context`` committed tokens a row on ``pages`` pages; a page
+    table of ``columns``, or just as wide as it must be."""
     device, vocab = models.device, models.target.config.vocab_size
-    pending = tree.depth + 1
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocab, (batch, pending), generator=generator).to(device)
     features = torch.randn(batch, pending, models.feature_size, generator=generator)
@@ -109,7 +124,8 @@ def _synthetic_rows(
     )
     params = [SamplingParams(temperature=temperature)] * batch
     sampling = SamplingBatch.of(params, range(batch), device)
-    page_table = 1 + torch.arange(batch * pages, device=device).view(batch, pages)
+    page_table = torch.zeros(batch, max(pages, columns), dtype=torch.int64, device=device)
+    page_table[:, :pages] = 1 + torch.arange(batch * pages, device=device).view(batch, pages)
     return DeviceRows(state, sampling, page_table, torch.ones(batch, dtype=torch.bool).to(device))
 
 

@@ -104,6 +104,10 @@ TUNE = (
     "tune {root}/target --draft {root}/draft --prompts-file {root}/prompts.txt --dtype float32 "
     "--max-tokens 3 --batches 1 --contexts 20 --repeats 1 --out {out}"
 )
+BENCH = (
+    "bench {root}/target --draft {root}/draft --prompts-file {root}/prompts.txt --dtype float32 "
+    "--batches 1"
+)
 DRAFTED = GENERATE + " -p a --draft {root}/"
 # command, what the line must name
 BAD = {
@@ -171,6 +175,10 @@ BAD = {
     "tune, no round": (TUNE + " --max-tokens 1", "--max-tokens 1"),
     "tune, long text": (TUNE + " --max-tokens 640", "--max-tokens 640"),
     "tune, nowhere to write": (TUNE + "/no/table.json", "/no/table.json"),
+    "bench, batches": (BENCH + " --batches 1,0", "--batches 1,0"),
+    "bench, max tokens": (BENCH + " --max-tokens 2", "max_tokens=2"),
+    "bench, long text": (BENCH + " --max-tokens 640", "--max-tokens 640"),
+    "bench, a table without auto": (BENCH + " --table t.json", "dispatch_table='t.json'"),
     "data": ("data --out {out}/d.jsonl --source {root}/no.jsonl", "no.jsonl"),
 }  # fmt: skip
 
@@ -339,6 +347,29 @@ def test_tune_writes_a_table_that_a_dispatcher_is_made_of(
     assert all(pick["gain"] >= 1 for pick in summary["picks"])
 
 
+def test_bench_times_plain_and_speculative_batches(aquiline: Command, root: Path) -> None:
+    base = [
+        "bench", root / "target", "--prompts-file", root / "prompts.txt", "--dtype", "float32",
+        "--batches", "1,3", "--max-tokens", 12, "--json",
+    ]  # fmt: skip
+    result = aquiline(*base, "--draft", root / "draft")
+    assert result.code == 0, result.err
+    rows = json.loads(result.out)["rows"]
+    loads = [(row["tree"], row["batch"]) for row in rows]
+    assert loads == [("none", 1), ("none", 3), ("chain-3", 1), ("chain-3", 3)]
+    for row in rows:
+        assert row["ttit_ms"] > 0
+        assert row["ttft_ms"] > 0
+        assert row["tokens_per_second"] > 0
+    assert [row["tokens_per_call"] for row in rows[:2]] == [1.0, 1.0]
+    assert all(1 < row["tokens_per_call"] <= 4 for row in rows[2:])
+    assert [row["speedup"] for row in rows[:2]] == [1.0, 1.0]
+    auto = aquiline(*base, "--draft", root / "draft", "--tree", "auto")
+    assert json.loads(auto.out)["rows"][2]["tree"] == "auto"
+    alone = json.loads(aquiline(*base).out)
+    assert {row["tree"] for row in alone["rows"]} == {"none"}
+
+
 def test_other_data_in_an_old_run_folder_is_refused(
     aquiline: Command, root: Path, tmp_path: Path
 ) -> None:
@@ -358,5 +389,5 @@ def test_other_data_in_an_old_run_folder_is_refused(
 def test_help_names_every_command(aquiline: Command) -> None:
     result = aquiline("--help")
     assert result.code == 0
-    for command in ("generate", "chat", "demo", "data", "train", "evaluate", "tune"):
+    for command in ("generate", "chat", "demo", "data", "train", "evaluate", "tune", "bench"):
         assert command in result.out
