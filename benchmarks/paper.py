@@ -327,7 +327,6 @@ def overlap(engines: Engines) -> Iterator[Row]:
 def fused_first_token(engines: Engines) -> Iterator[Row]:
     """The token that the prefill draws against one drawn by a plain round after it."""
     for batch in engines.options.engine_batches[:2]:
-        engines.of("none").engine.runner.warm_up((batch,))
         on, off = engines.first_tokens_ms(batch)
         yield row(
             f"first token sampled with the prefill, batch {batch}", "TTFT -8 to -30 % (unverified)",

@@ -81,7 +81,6 @@ def measure_decoding(
         )
     if params.max_tokens is None or params.max_tokens < 3:
         raise AquilineError(f"max_tokens={params.max_tokens}: give at least 3; prefill draws one")
-    llm.engine.runner.warm_up((batch,))
     short = replace(params, max_tokens=min(WARM_UP_TOKENS, params.max_tokens))
     _window(llm, prompts[:batch], short, 0)
     windows = [
