@@ -85,7 +85,6 @@ class Runner:
         self._buffers: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
         self._sampling: tuple[tuple[Sequence, ...], SamplingBatch] | None = None
 
-    @torch.inference_mode()
     def warm_up(self, chooser: TreeChooser) -> WarmUp:
         """Capture the graphs that ``chooser`` would ask for at short and long contexts, so that no
         request waits for them; another one is captured when it is first needed."""
