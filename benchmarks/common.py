@@ -118,7 +118,11 @@ def stamp(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, short; without git that of AQUILINE_COMMIT, or "unknown"."""
+    """The checkout's commit, short: AQUILINE_COMMIT where that is set, for a copy without its git;
+    "unknown" without either."""
+    given = os.environ.get("AQUILINE_COMMIT", "")
+    if given:
+        return given
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"],
@@ -127,7 +131,7 @@ def commit() -> str:
         found = done.stdout.strip()
     except OSError:
         found = ""
-    return found or os.environ.get("AQUILINE_COMMIT", "") or "unknown"
+    return found or "unknown"
 
 
 def cpu_name() -> str:
