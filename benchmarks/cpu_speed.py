@@ -22,6 +22,7 @@ from aquiline import LLM, SamplingParams
 from aquiline.cli.demo import timed
 from aquiline.cli.options import BUILT_IN, speculative_config
 from aquiline.evaluation.tasks import load_task
+from aquiline.kernels import ops
 from aquiline.layers.linear import ColumnParallelLinear, RowParallelLinear
 from benchmarks.common import stamp, write_result
 
@@ -38,7 +39,7 @@ def weight_read_ms(llm: LLM, rows: int) -> float:
         for _ in range(12):
             started = time.perf_counter()
             for linear, x in zip(linears, inputs, strict=True):
-                linear(x)
+                ops.linear(x, linear.weight, None, linear._packed)
             times.append(time.perf_counter() - started)
     return statistics.median(times[2:]) * 1e3
 
