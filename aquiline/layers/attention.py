@@ -27,7 +27,6 @@ class SelfAttention(nn.Module):
         input_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.head_dim = head_dim
         outs = (num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim)
         self.qkv_proj = ColumnParallelLinear(input_size or hidden_size, outs, bias, ranks)
         self.o_proj = RowParallelLinear(num_heads * head_dim, hidden_size, ranks)
