@@ -15,8 +15,6 @@ from torch import Tensor
 from aquiline.kernels import ops
 from aquiline.sampling.batch import SamplingBatch
 
-NEGATIVE_INFINITY = float("-inf")
-
 
 def score_floor(logits: Tensor, sampling: SamplingBatch) -> Tensor | None:
     """logits [B, N, V] -> the lowest score kept [B, N]; None if no row is filtered."""
@@ -25,18 +23,6 @@ def score_floor(logits: Tensor, sampling: SamplingBatch) -> Tensor | None:
     return ops.score_floor(
         logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p
     )
-
-
-def filtered_scores(logits: Tensor, sampling: SamplingBatch) -> Tensor:
-    """logits [B, N, V] -> scores whose softmax is the distribution to sample, [B, N, V].
-
-    Dropped tokens are at -inf. Greedy rows come back undivided and uncut.
-    """
-    scores = ops.scaled_scores(logits, sampling.temperature)
-    floor = score_floor(logits, sampling)
-    if floor is None:
-        return scores
-    return scores.masked_fill(scores < floor[..., None], NEGATIVE_INFINITY)
 
 
 def probabilities(logits: Tensor, sampling: SamplingBatch) -> Tensor:

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from aquiline.core.params import SamplingParams
 from aquiline.evaluation.losslessness import target_distribution
+from aquiline.kernels import ops
 from aquiline.sampling.batch import SamplingBatch
-from aquiline.sampling.filters import filtered_scores, probabilities
+from aquiline.sampling.filters import probabilities, score_floor
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,10 @@ def test_greedy_rows_come_back_undivided_and_uncut():
     logits = torch.tensor([[[0.0, 3.0, 3.0, 1.0]]]).expand(2, 1, 4)
     greedy = SamplingParams(temperature=0, top_k=1, top_p=0.1, min_p=1.0)
     batch = batch_of(greedy, SamplingParams(temperature=2.0, top_k=3))
-    assert filtered_scores(logits, batch)[0].tolist() == [[0.0, 3.0, 3.0, 1.0]]
+    assert ops.scaled_scores(logits, batch.temperature)[0].tolist() == [[0.0, 3.0, 3.0, 1.0]]
+    floor = score_floor(logits, batch)
+    assert floor is not None
+    assert floor[0].tolist() == [float("-inf")]
     assert probabilities(logits, batch)[0].tolist() == [[0.0, 1.0, 0.0, 0.0]]
 
 
