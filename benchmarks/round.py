@@ -5,6 +5,7 @@
 bf16, random weights, an EAGLE-3 draft of one layer with 32,000 draft tokens. A round is one replay
 of its graph; replays follow each other as in the engine. The limit counts every byte once over the
 measured copy bandwidth, or the multiplications over the measured rate, whichever takes longer.
+First the target's linear layers and head alone, for a few rows, beside cuBLAS.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import argparse
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from aquiline.decoding.models import DecoderModels
 from aquiline.evaluation.costs import measure_round_ms, pages_of
+from aquiline.kernels import ops
+from aquiline.models.llama import Llama
 from aquiline.speculation.dispatch.default import default_tree
 from aquiline.speculation.tree import TreeShape
 from benchmarks.common import fingerprint, graph_ms, stamp, write_result
@@ -29,6 +33,9 @@ ROWS = (  # context, batch, draft
     (8192, 4, "chain-3"), (8192, 32, "chain-3"), (1024, 128, "none"), (1024, 128, "chain-3"),
     (1024, 256, "none"), (1024, 256, "chain-2"),
 )  # fmt: skip
+
+
+LINEAR_ROWS = (1, 4, 16, 32, 64)
 
 
 def tree_named(name: str) -> TreeShape:
@@ -76,6 +83,44 @@ def limit_ms(models: DecoderModels, card: Card, tree: TreeShape, batch: int, con
     return total + card.ms(fc, batch, 0) + tree.depth * card.ms(layer + head, batch, kv)
 
 
+@torch.inference_mode()
+def linears(target: Llama, card: Card) -> list[dict[str, float]]:
+    """Rows of rows, linears_ms, cublas_ms, limit_ms: every linear layer and the head, one after
+    another. Each of ours waits for the one in front, as in a round."""
+    found = []
+    width = target.config.hidden_size
+    weights = sum(p.numel() for p in target.parameters()) - target.embed_tokens.weight.numel()
+    for rows in LINEAR_ROWS:
+        x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
+        inner = torch.randn(
+            rows, target.config.intermediate_size, device="cuda", dtype=torch.bfloat16
+        )
+
+        def ours(x: torch.Tensor = x, inner: torch.Tensor = inner) -> None:
+            for layer in target.layers:
+                attention, mlp = layer.self_attn, layer.mlp
+                ops.linear(x, attention.qkv_proj.weight)
+                ops.linear(x, attention.o_proj.weight)
+                ops.gated_linear(x, mlp.gate_up_proj.weight)
+                ops.linear(inner, mlp.down_proj.weight)
+            ops.linear(x, target.lm_head.weight)
+
+        def cublas(x: torch.Tensor = x, inner: torch.Tensor = inner) -> None:
+            for layer in target.layers:
+                attention, mlp = layer.self_attn, layer.mlp
+                F.linear(x, attention.qkv_proj.weight)
+                F.linear(x, attention.o_proj.weight)
+                F.linear(x, mlp.gate_up_proj.weight)
+                F.linear(inner, mlp.down_proj.weight)
+            F.linear(x, target.lm_head.weight)
+
+        found.append({"rows": rows, "linears_ms": round(graph_ms(ours), 3),
+                      "cublas_ms": round(graph_ms(cublas), 3),
+                      "limit_ms": round(card.ms(weights, rows, 0), 3)})  # fmt: skip
+        print(found[-1], flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", default=None)
@@ -86,6 +131,7 @@ def main() -> None:
     card = Card.measured(mark["copy_tb_s"])
     models = random_models(LLAMA_31_8B, 16384)
     plain = DecoderModels(models.target, None)
+    alone = linears(models.target, card)
     rows = []
     for context, batch, name in ROWS[: options.only]:
         tree = tree_named(name)
@@ -97,7 +143,7 @@ def main() -> None:
         rows.append({"context": context, "batch": batch, "draft": name,
                      "round_ms": round(ms, 3), "limit_ms": round(limit, 3)})  # fmt: skip
         print(f"{context:6} x {batch:3} {name:8} limit {limit:6.2f}  round {ms:6.2f}", flush=True)
-    write_result(options.out, {**stamp(), "fingerprint": mark, "rows": rows})
+    write_result(options.out, {**stamp(), "fingerprint": mark, "linears": alone, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ first is the target's weights and the cache read once.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import statistics
 import time
@@ -207,7 +208,8 @@ def main() -> None:
         {
             **stamp(device), "fingerprint": mark, "model": BUILT_IN, "dtype": options.dtype,
             "tokens": options.tokens, "table": Path(table_path).name,
-            "tuned_on": "the same prompts", "dispatcher": checks(rows), "rows": rows,
+            "tuned_on": "the same prompts", "dispatcher": checks(rows),
+            "warm_up": dataclasses.asdict(models.of("auto").engine.warm_up), "rows": rows,
         },
     )  # fmt: skip
 

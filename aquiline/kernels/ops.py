@@ -59,7 +59,8 @@ __all__ = [
     "uniform_noise",
 ]  # fmt: skip
 
-SKINNY_ROWS = 32  # rows of x up to which the skinny linear is faster than cuBLAS in a round
+SKINNY_ROWS = 64  # rows of x up to which the skinny linear is faster than cuBLAS in a round
+SPLIT_ROWS, SPLIT_WEIGHT = 32, 2**24  # rows and elements past which cuBLAS is, see _splits
 PackedWeight = cpu.PackedWeight
 pack_weight = cpu.pack_weight
 
@@ -101,6 +102,12 @@ def _skinny(x: Tensor) -> bool:
     """Whether x is for the skinny linear: few rows in half precision. In fp32 cuBLAS has IEEE
     products that Triton's tensor-core kernel would have to emulate."""
     return _fast(x) and x.dtype != torch.float32 and x.numel() // x.shape[-1] <= SKINNY_ROWS
+
+
+def _splits(x: Tensor, weight: Tensor) -> bool:
+    """Whether this product onto the residual stream is for cuBLAS all the same: its columns alone
+    do not fill the card, and with many rows it pays to split K as well."""
+    return x.numel() // x.shape[-1] > SPLIT_ROWS and weight.numel() >= SPLIT_WEIGHT
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -154,7 +161,7 @@ def residual_linear(
     packed: PackedWeight | None = None,
 ) -> Normed:
     """residual [..., out] + linear(x, weight), to be read through ``norm``."""
-    if _skinny(x):
+    if _skinny(x) and not _splits(x, weight):
         scale = None if norm is None else norm.weight
         out = skinny.skinny_linear(x, weight, residual=residual, next_weight=scale)
         return Normed(out[0], norm, out[1], out[2])

@@ -27,11 +27,17 @@ def dependent_launch() -> bool:
     return not INTERPRET and torch.cuda.get_device_capability()[0] >= 9
 
 
-def options(warps: int, stages: int = 2) -> dict[str, int | bool]:
-    """Launch options of a kernel whose first statement is ``begin(PDL)``."""
+def options(warps: int, stages: int = 2, early: bool = True) -> dict[str, int | bool]:
+    """Launch options of a kernel whose first statement is ``begin(PDL)``.
+
+    ``early`` lets it start beside the kernel in front. Programs are then put where there is room
+    at that moment: two or three on one multiprocessor, none on the next. A kernel with one long
+    program for each multiprocessor has to start on an empty card.
+    """
     if INTERPRET:
         return {}
-    return {"num_warps": warps, "num_stages": stages, "launch_pdl": dependent_launch()}
+    pdl = early and dependent_launch()
+    return {"num_warps": warps, "num_stages": stages, "launch_pdl": pdl}
 
 
 @triton.jit
