@@ -87,7 +87,7 @@ def _tree_attention(
     k_head = k_cache + head * D
     v_head = v_cache + head * D
     n = tl.arange(0, BLOCK_N)
-    begin(PDL)  # the next kernel may start early; this one does not, see launch.options
+    begin(PDL)
     r = row_tile * BLOCK_R + tl.arange(
         0, BLOCK_R
     )  # row r is token r // GROUP, query head r % GROUP
@@ -183,6 +183,7 @@ class AttentionShape:
         return cls(block_r, 64, splits, 4, stages)
 
 
+FEW_SHARES = 8  # programs of so few shares are long, and start on an empty card
 MAX_TREE = 128  # more rows than this are a prompt
 
 
@@ -226,7 +227,7 @@ def tree_attention(
         D_PAD=padded, PAGE=page_size, BLOCK_R=cut.block_r, BLOCK_N=cut.block_n,
         DIRECT=cut.splits == 1, CAUSAL=mask is None, HAS_SUFFIX=suffix_rows > 0,
         STAGES=cut.stages, SUFFIX_STAGES=1 if rows <= MAX_TREE else cut.stages, PDL=pdl,
-        UPCAST=INTERPRET, **options(cut.warps, cut.stages, early=False),
+        UPCAST=INTERPRET, **options(cut.warps, cut.stages, early=cut.splits > FEW_SHARES),
     )  # fmt: skip
     if cut.splits > 1:
         _combine[(batch * rows * heads,)](
