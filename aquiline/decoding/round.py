@@ -180,12 +180,14 @@ class _Drafting:
         level, features = above.level, self._features
         if not level.only_children:
             features = features[:, level.sources]
-        positions = (lengths + depth - 1)[:, None].expand(-1, len(nodes))
-        slots = ops.slots_at(self.page_table, lengths[:, None] + nodes - 1, self.plane.page_size)
+        positions = (lengths + (depth - 1))[:, None].expand(-1, len(nodes))
+        page_table, page_size = self.page_table, self.plane.page_size
         if tree.shape.depth == tree.shape.size - 1:  # a chain: what it sees is contiguous
-            plan = TreePlan(self.page_table, lengths + depth, slots, 0)
+            slots = ops.slots_at(page_table, positions, page_size)
+            plan = TreePlan(page_table, lengths + depth, slots, 0)
         else:  # every node so far, root aside; those never fed to the draft are nobody's ancestors
             last = tree.last_expanded[depth]
             mask = tree.ancestors[nodes, 1 : last + 1]
-            plan = TreePlan(self.page_table, lengths, slots, last, mask)
+            slots = ops.slots_at(page_table, lengths[:, None] + (nodes - 1), page_size)
+            plan = TreePlan(page_table, lengths, slots, last, mask)
         return self._run(above.expanded_tokens, features, positions, plan)
