@@ -36,6 +36,8 @@ from aquiline.speculation.tree import TreeShape
 from benchmarks.common import fingerprint, stamp, write_result
 
 PROMPTS = {1: 8, 4: 16, 16: 32, 64: 64}  # by batch; others: one batch
+REPEATS = {1: 2, 4: 3, 16: 6}  # by batch; others: LONG_REPEATS, since a run is a tenth of a second
+LONG_REPEATS = 12
 TOLERANCE = 1.02
 
 
@@ -117,10 +119,11 @@ def print_limit(llm: LLM, copy_tb_s: float, options: argparse.Namespace) -> None
 
 def measured(llm: LLM, prompts: Sequence[list[int]], temperature: float, batch: int,
              options: argparse.Namespace) -> Latency:  # fmt: skip
-    """The quicker of ``repeats`` runs; a seed per prompt makes them say the same."""
+    """The quickest of some runs; a seed per prompt makes them say the same."""
     params = SamplingParams(temperature=temperature, max_tokens=options.tokens, seed=0)
     asked = prompts[: options.prompts or PROMPTS.get(batch, batch)]
-    runs = [measure_decoding(llm, asked, params, batch) for _ in range(options.repeats)]
+    repeats = options.repeats or REPEATS.get(batch, LONG_REPEATS)
+    runs = [measure_decoding(llm, asked, params, batch) for _ in range(repeats)]
     return min(runs, key=lambda run: run.ttit_ms)
 
 
@@ -161,7 +164,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--prompts", type=int, default=None, help="at every batch")
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=None, help="at every batch")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--tune-prompts", type=int, default=64)
     parser.add_argument("--tune-tokens", type=int, default=128)
