@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from aquiline.attention.packed import PackedAttention
+from aquiline.attention.unrolled import UnrolledAttention
 from aquiline.models.draft import Draft, DraftHead, EagleDraft, Head, draft_config
 from aquiline.models.draft_checkpoint import save_draft
 from aquiline.models.eagle3 import Eagle3Draft, Eagle3Head, default_taps
@@ -28,7 +28,7 @@ from aquiline.training.packing import PackedBatch
 from aquiline.training.teacher import Teacher, TeacherOutput
 from aquiline.training.vocabulary_loss import Heads
 
-MARGIN = 64  # positions past the longest document, for unrolling and for trees in evaluation
+MARGIN = 64  # positions past the longest text, for the tree of its last round
 
 
 class Student(nn.Module):
@@ -47,7 +47,7 @@ class Student(nn.Module):
         self.config = config
         self._teacher = [teacher]  # in a list, so that it is not a submodule
         shape = draft_config(teacher.config, config.layers, config.intermediate_size)
-        positions = config.tokens_per_batch + config.eval_tokens + MARGIN
+        positions = config.tokens_per_batch + config.unroll + config.eval_tokens + MARGIN
         with torch.device(teacher.device):
             if config.method == "eagle":
                 assert token_ids is None, "EAGLE-1 is trained over the whole vocabulary"
@@ -108,9 +108,15 @@ class Student(nn.Module):
         features = torch.cat(known.taps, dim=-1) if self.draft.taps else known.features
         x = self.draft.fuse(self._noisy(features))
         tokens, positions = batch.tokens[None], batch.positions[None]
-        attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
-        embeddings = self._teacher[0].embed(tokens.roll(-1, dims=1))
-        return [self.draft(embeddings, x, positions, attention)]
+        attention = UnrolledAttention(batch.cu_seqlens, batch.max_seqlen)
+        found = []
+        for step in range(self.config.unroll):
+            # Past the end of its document a row is garbage, finite and never scored.
+            embeddings = self._teacher[0].embed(tokens.roll(-1 - step, dims=1))
+            x = self.draft(embeddings, x, positions + step, attention)
+            attention = attention.after()
+            found.append(x)
+        return found
 
     def _noisy(self, features: Tensor) -> Tensor:
         """With uniform noise relative to their standard deviation, from torch's own generator."""
