@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from aquiline.attention.unrolled import UnrolledAttention
-from aquiline.core.errors import AquilineError
+from aquiline.core.errors import AquilineError, CheckpointError
+from aquiline.models.config import LlamaConfig
 from aquiline.models.draft import Draft, DraftHead, EagleDraft, Head, draft_config
 from aquiline.models.draft_checkpoint import save_draft
 from aquiline.models.eagle3 import Eagle3Draft, Eagle3Head, default_taps
@@ -56,7 +57,7 @@ class Student(nn.Module):
                 self.draft = EagleDraft(shape, positions)
                 self.head = DraftHead(teacher, None)
             else:
-                self.draft = Eagle3Draft(shape, default_taps(teacher.config), positions)
+                self.draft = Eagle3Draft(shape, _taps(teacher.config), positions)
                 rows = shape.vocab_size if token_ids is None else len(token_ids)
                 ids = None if token_ids is None else token_ids.to(teacher.device)
                 self.head = Eagle3Head(teacher, shape, rows, ids)
@@ -109,19 +110,14 @@ class Student(nn.Module):
         index = scored_positions(batch) if index is None else index
         steps = torch.arange(self.config.unroll, device=index.device)[:, None]
         rows = (index - steps).clamp(min=0)  # [S, P]
-        hidden = torch.stack(
-            [
-                x[0].index_select(0, row)
-                for x, row in zip(self.unrolled(batch, known), rows, strict=True)
-            ]
-        )
-        heads, read = (
-            Heads(self._teacher[0].head_weight, self._teacher[0].head_weight, None),
-            hidden,
-        )
+        pairs = zip(self.unrolled(batch, known), rows, strict=True)
+        hidden = torch.stack([x[0].index_select(0, row) for x, row in pairs])
+        target = self._teacher[0].head_weight
         if isinstance(self.head, Eagle3Head):
-            heads = Heads(self.head.lm_head.weight, heads.target, self.head.token_ids)
-            read = self.head.norm(hidden)
+            heads = Heads(self.head.lm_head.weight, target, self.head.token_ids)
+            read: Tensor = self.head.norm(hidden)
+        else:
+            heads, read = Heads(target, target, None), hidden
         taken = batch.positions[index] >= steps
         features = known.features[0, index + 1]
         return objective_loss(self.config, Rows(hidden, read, features, taken), heads, count)
@@ -146,9 +142,8 @@ class Student(nn.Module):
         if self.config.feature_noise == 0:
             return features
         scale = 2 * self.config.feature_noise * features.float().std()
-        return features + ((torch.rand_like(features, dtype=torch.float32) - 0.5) * scale).to(
-            features.dtype
-        )
+        noise = (torch.rand_like(features, dtype=torch.float32) - 0.5) * scale
+        return features + noise.to(features.dtype)
 
     def export(self, folder: Path, token_ids: Tensor | None = None) -> None:
         """Write the public layout, embedding included.
@@ -161,6 +156,16 @@ class Student(nn.Module):
             head = DraftHead(teacher, token_ids)
         tokens = torch.arange(teacher.config.vocab_size, device=teacher.device)
         save_draft(folder, self.draft, head, teacher.embed(tokens))
+
+
+def _taps(target: LlamaConfig) -> tuple[int, ...]:
+    try:
+        return default_taps(target)
+    except CheckpointError:
+        raise AquilineError(
+            f"method='eagle3': a target of {target.num_layers} layers has too few to tap three; "
+            "give method='eagle'"
+        ) from None
 
 
 def scored_positions(batch: PackedBatch) -> Tensor:

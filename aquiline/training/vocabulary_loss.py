@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 Divergence = Literal["ce", "kl", "tv", "lk"]
-LOGITS = 2**29  # logits of one kind that exist at once: 1 GiB in bf16
+# Logits of one kind that exist at once: 1 GiB in bf16; a CPU's eager pass holds a dozen of each.
+LOGITS = {"cuda": 2**29, "cpu": 2**24}
 STATISTICS = ("cross_entropy", "acceptance", "top1")
 
 
@@ -85,7 +86,7 @@ class _VocabularyLoss(torch.autograd.Function):
         sums = torch.zeros(1 + len(STATISTICS), steps, dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(draft_head, dtype=wide) if ctx.needs_input_grad[1] else None
-        most = max(1, LOGITS // (steps * len(target_head)))
+        most = max(1, LOGITS[hidden.device.type] // (steps * len(target_head)))
         chunks = -(-count // most)
         for chunk in range(chunks):  # of equal size, so that few shapes are compiled
             part = slice(chunk * count // chunks, (chunk + 1) * count // chunks)
@@ -93,7 +94,8 @@ class _VocabularyLoss(torch.autograd.Function):
             draft = (rows @ draft_head.T).view(steps, -1, len(draft_head))
             target = features[part] @ target_head.T
             scale = weights[:, part].contiguous()
-            found, slope = fused(draft, target, token_ids, scale, divergence, eta)
+            shared = target if token_ids is None else target.index_select(1, token_ids)
+            found, slope = fused(draft, target, shared, scale, divergence, eta)
             sums += found
             grad_hidden[:, part] = slope @ draft_head
             if grad_head is not None:
@@ -115,29 +117,28 @@ class _VocabularyLoss(torch.autograd.Function):
 def _fused(
     draft: Tensor,
     target: Tensor,
-    token_ids: Tensor | None,
+    shared: Tensor,
     weights: Tensor,
     divergence: Divergence,
     eta: float,
 ) -> tuple[Tensor, Tensor]:
     """Sums [4, S] (the weighted loss, then STATISTICS) and d loss / d ``draft``.
 
-    draft [S, C, Vd] and target [C, V] are logits; what is derived from them is fp32 at least and
-    stays in registers when compiled.
+    draft [S, C, Vd], target [C, V] and ``shared`` [C, Vd], the target's for the draft's tokens, are
+    logits. What is derived from them is fp32 at least; it stays in registers when compiled, because
+    whatever is read twice hangs on few enough inputs to be computed twice.
     """
     wide = _wide(draft)
-    log_target, target_top = _log_softmax(target.to(wide))
-    log_draft, draft_top = _log_softmax(draft.to(wide))
-    shared = target.to(wide)
-    log_law = log_target
-    if token_ids is not None:
-        shared, log_target = shared[:, token_ids], log_target[:, token_ids]
-        log_law, _ = _log_softmax(shared)
-    target_probs, law, draft_probs = log_target.exp(), log_law.exp(), log_draft.exp()
+    target_sum, target_top = _log_sum_exp(target.to(wide))
+    draft_sum, draft_top = _log_sum_exp(draft.to(wide))
+    law_sum = target_sum if shared is target else _log_sum_exp(shared.to(wide))[0]
+    log_law, log_draft = shared.to(wide) - law_sum, draft.to(wide) - draft_sum
+    target_probs = (shared.to(wide) - target_sum).exp()
+    law, draft_probs = log_law.exp(), log_draft.exp()
 
     cross_entropy = -(law * log_draft).sum(dim=-1)
     acceptance = torch.minimum(target_probs, draft_probs).sum(dim=-1)
-    agreed = ((draft.to(wide) == draft_top) & (shared == target_top)).any(dim=-1)
+    agreed = ((draft.to(wide) == draft_top) & (shared.to(wide) == target_top)).any(dim=-1)
 
     loss, slope = cross_entropy, draft_probs - law
     if divergence in ("kl", "lk"):
@@ -162,10 +163,11 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_fused)
 
 
-def _log_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities, and the largest logit [..., 1]."""
+def _log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-sum-exp and largest, each [..., 1]; written so that the compiler finds both in one pass
+    (it knows this pattern)."""
     top = logits.amax(dim=-1, keepdim=True)
-    return logits - top - (logits - top).exp().sum(dim=-1, keepdim=True).log(), top
+    return top + (logits - top).exp().sum(dim=-1, keepdim=True).log(), top
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -67,7 +67,7 @@ def test_vocabulary_loss(
     steps: int, reduced: bool, divergence: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, vocab, width = 1000, 5003, 256
-    monkeypatch.setattr(vocabulary, "LOGITS", 300 * vocab * steps)  # uneven chunks
+    monkeypatch.setitem(vocabulary.LOGITS, "cuda", 300 * vocab * steps)  # uneven chunks
     ids = torch.arange(0, vocab, 4, device="cuda") if reduced else None
     size = vocab if ids is None else len(ids)
     low = [learning(steps, rows, width), learning(size, width, scale=0.2)]

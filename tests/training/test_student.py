@@ -111,6 +111,11 @@ def test_more_layers_than_the_target_has_cannot_be_copied(teacher: LlamaTeacher)
         made(teacher, layers=9, init="target")
 
 
+def test_a_target_too_shallow_to_tap_is_named() -> None:
+    with pytest.raises(AquilineError, match=r"^method='eagle3': a target of 2 layers"):
+        made(LlamaTeacher(tiny_target(0)), method="eagle3")
+
+
 # --------------------------------------------------------------------------------------- learning
 
 
