@@ -14,7 +14,6 @@ of texts are drafted at once, depth by depth; walk.py turns the ranks into round
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +24,7 @@ from aquiline.attention.packed import PackedAttention
 from aquiline.core.errors import AquilineError
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.models import DecoderModels, Drafter
+from aquiline.evaluation.texts import FixedText
 from aquiline.kernels import ops
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw_top, position_noise
@@ -33,27 +33,6 @@ WIDTH = 8  # children that are ranked
 _BATCH_TOKENS = {"cuda": 16384}  # of a padded batch
 _LOGITS = {"cuda": 2**28}  # entries at a time
 _CPU_BATCH_TOKENS, _CPU_LOGITS = 4096, 2**23
-
-
-@dataclass(frozen=True)
-class FixedText:
-    """What the target says after a prompt at one seed and temperature.
-
-    Attributes:
-        tokens: the text and, behind its end, what the target would have said next: a round that
-            reaches the end may accept tokens past it. One less than the deepest tree is enough.
-        length: tokens of the text itself, the end token included.
-    """
-
-    prompt: tuple[int, ...]
-    tokens: tuple[int, ...]
-    length: int
-    seed: int
-
-    @property
-    def roots(self) -> int:
-        """Tokens that a round may start from: all but the last."""
-        return max(0, self.length - 1)
 
 
 @torch.inference_mode()

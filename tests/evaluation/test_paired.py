@@ -11,7 +11,8 @@ from aquiline.decoding.loop import decode_prompts
 from aquiline.decoding.models import DecoderModels, Drafter
 from aquiline.engine.llm import LLM
 from aquiline.evaluation import paired
-from aquiline.evaluation.paired import FixedText, token_ranks
+from aquiline.evaluation.paired import token_ranks
+from aquiline.evaluation.texts import FixedText
 from aquiline.evaluation.walk import (
     PairedAcceptance,
     accepted_depths,
