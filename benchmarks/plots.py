@@ -121,12 +121,15 @@ def plot_quality(result: Mapping[str, Any], out: Path) -> None:
         over_tokens.set_xscale("log")
         over_tokens.set_xlabel("tokens trained on")
         over_layers.set_xlabel("draft layers")
+        over_layers.set_xticks(sorted({row["layers"] for row in ours}))
         objectives.set_xticks(range(len(names)), names, rotation=20)
         for axes in (over_tokens, over_layers, objectives):
             axes.set_ylabel("tokens per call")
             axes.set_title(f"T={temperature:g}, chain {chain}")
             axes.grid(alpha=0.3)
-    panels[0][0].legend()
+    for axes in panels[0]:
+        if axes.has_data():
+            axes.legend()
     figure.suptitle(_title(result))
     _save(figure, out)
 
