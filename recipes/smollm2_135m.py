@@ -25,7 +25,6 @@ def recipe() -> TrainConfig:
         warmup_tokens=2_000_000,
         decay_fraction=0.3,
         weight_decay=0.1,
-        regression_weight=1.0,
-        cross_entropy_weight=0.1,
+        objective="eagle",
         eval_every=1000,
     )

@@ -27,23 +27,31 @@ class PackedAttention:
     def run(
         self, layer: int, x: Tensor | ops.Normed, project: Projection, kv_heads: int, angles: Angles
     ) -> Tensor:
-        """See Attention; B is 1, and the layer does not matter here."""
+        """See Attention; B is 1."""
         heads = project(x)
         heads = heads.view(*heads.shape[:-1], -1, angles.cos.shape[-1])
         kv = kv_heads
         turned = ops.rotary(heads[:, :, :-kv], angles.cos, angles.signed_sin)
-        q, k, v = turned[:, :, :-kv], turned[:, :, -kv:], heads[:, :, -kv:]
-        if q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        return self.attend(layer, turned[0, :, :-kv], turned[0, :, -kv:], heads[0, :, -kv:])[None]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotated q [N, H, D], k and v [N, K, D] -> [N, H, D]; the layer does not matter here."""
+        if flash_serves(q):
             cu, longest = self.cu_seqlens, self.max_seqlen
             out: Tensor = torch.ops.aten._flash_attention_forward(
-                q[0], k[0], v[0], cu, cu, longest, longest, 0.0, True, False
+                q, k, v, cu, cu, longest, longest, 0.0, True, False
             )[0]
-            return out[None]
+            return out
         edges = self.edges or self.cu_seqlens.tolist()
         parts = []
         for start, end in itertools.pairwise(edges):
-            dq, dk, dv = (x[:, start:end].transpose(1, 2) for x in (q, k, v))
+            dq, dk, dv = (x[None, start:end].transpose(1, 2) for x in (q, k, v))
             parts.append(
                 F.scaled_dot_product_attention(dq, dk, dv, is_causal=True, enable_gqa=True)
             )
-        return torch.cat(parts, dim=2).transpose(1, 2)
+        return torch.cat(parts, dim=2)[0].transpose(0, 1)
+
+
+def flash_serves(q: Tensor) -> bool:
+    """Whether torch's flash attention takes these queries."""
+    return q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)

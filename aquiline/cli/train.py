@@ -60,7 +60,7 @@ def train(
     console = Console(stderr=json_output, highlight=False)
     console.print(
         f"{corpus.token_count:,} tokens, {corpus.assistant_token_count:,} of the assistant; "
-        f"draft of {sum(p.numel() for p in run.draft.parameters()):,} parameters on {device}"
+        f"draft of {sum(p.numel() for p in run.student.parameters()):,} parameters on {device}"
     )
     out.mkdir(parents=True, exist_ok=True)
     columns = (

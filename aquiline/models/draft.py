@@ -14,6 +14,7 @@ Embedding and head are the target's and not part of the module.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from aquiline.layers.decoder import DecoderLayer, run_layers
 from aquiline.layers.linear import ColumnParallelLinear
 from aquiline.layers.rotary import RotaryEmbedding
 from aquiline.models.config import LlamaConfig
-from aquiline.models.llama import Llama, inverse_frequencies, layer_shape
+from aquiline.models.llama import inverse_frequencies, layer_shape
 from aquiline.models.names import View, layer_views
 
 
@@ -56,6 +57,23 @@ class Draft(nn.Module):
         return PlaneShape(config.num_layers, config.num_kv_heads, config.head_dim)
 
 
+class Vocabulary(Protocol):
+    """What a head borrows of the target: a Llama, or what stands for one in training."""
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head [V, d]."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [...] -> [..., d]."""
+        ...
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[..., d] -> [..., V]."""
+        ...
+
+
 class Head(nn.Module):
     """A draft's two doors to the vocabulary: ``embed`` and, called as a module, logits.
 
@@ -65,15 +83,14 @@ class Head(nn.Module):
 
     token_ids: Tensor | None
 
-    def __init__(self, target: Llama, token_ids: Tensor | None) -> None:
+    def __init__(self, target: Vocabulary, token_ids: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("token_ids", token_ids, persistent=False)
         self._target = [target]  # in a list, so that it is not a submodule
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Target token ids [...] -> [..., d]."""
-        embedded: Tensor = self._target[0].embed_tokens(tokens)
-        return embedded
+        return self._target[0].embed(tokens)
 
     def to_target(self, ids: Tensor) -> Tensor:
         """Draft vocabulary ids -> target token ids."""
@@ -114,9 +131,9 @@ class EagleDraft(Draft):
 class DraftHead(Head):
     """EAGLE-1's: the target's LM head, or its rows ``token_ids``."""
 
-    def __init__(self, target: Llama, token_ids: Tensor | None) -> None:
+    def __init__(self, target: Vocabulary, token_ids: Tensor | None) -> None:
         super().__init__(target, token_ids)
-        weight = target.lm_head.weight
+        weight = target.head_weight
         self._rows = None if token_ids is None else weight[token_ids.to(weight.device)]
         self._packed: ops.PackedWeight | None = None
 

@@ -21,7 +21,7 @@ from aquiline.layers.linear import ColumnParallelLinear, pack_linears
 from aquiline.layers.norm import RMSNorm
 from aquiline.layers.rotary import RotaryEmbedding
 from aquiline.models.config import LlamaConfig
-from aquiline.models.draft import Draft, Head, draft_config
+from aquiline.models.draft import Draft, Head, Vocabulary, draft_config
 from aquiline.models.llama import Llama, inverse_frequencies, layer_shape
 from aquiline.models.names import View, layer_views
 
@@ -67,7 +67,7 @@ class Eagle3Head(Head):
 
     def __init__(
         self,
-        target: Llama,
+        target: Vocabulary,
         config: LlamaConfig,
         draft_vocab: int,
         token_ids: Tensor | None,

@@ -84,6 +84,16 @@ class Llama(nn.Module):
                 tapped.append(out.x)
         return TargetOutput(out.value(), tuple(tapped))
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head's rows [vocab / ranks, hidden] on this rank."""
+        return self.lm_head.weight
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids [...] -> [..., hidden]."""
+        embedded: Tensor = self.embed_tokens(tokens)
+        return embedded
+
     def logits(self, features: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab]."""
         return self.ranks.all_gather(self.lm_head(features))

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 from aquiline.core.errors import AquilineError
+from aquiline.core.params import DraftMethod
+
+Objective = Literal["eagle", "kl", "tv", "lk"]
+Regression = Literal["l1", "smooth_l1"]
+Initialisation = Literal["random", "target"]
 
 
 @dataclass(frozen=True)
@@ -16,16 +21,25 @@ class TrainConfig:
     Attributes:
         target: a built-in name, a Hugging Face folder, or a GGUF file.
         data: conversations (JSONL) or a tokenised corpus folder.
+        method: the draft's wiring, ``"eagle"`` (EAGLE-1) or ``"eagle3"``.
         layers: dense decoder layers of the draft.
         intermediate_size: width of the draft's feed-forward layers; None is the target's.
-        draft_vocab_size: LM-head rows kept for serving, those of the most frequent tokens of the
-            data; None keeps all. Training always uses the whole vocabulary.
+        draft_vocab_size: the draft's tokens, the most frequent ones of the data; None is all. An
+            EAGLE-3 draft is trained over them; EAGLE-1 is trained over the whole vocabulary and
+            keeps these rows of the target's head for serving.
+        init: ``"random"``, or ``"target"``: decoder layers after the first from the target's last.
         max_length: conversations are cut there.
         tokens_per_batch: tokens of one packed batch (one optimiser step).
         tokens: tokens to train on in all.
         warmup_tokens, decay_fraction: linear warm-up, constant, linear decay to zero over the last
             fraction of the run.
-        regression_weight, cross_entropy_weight: see losses.py.
+        objective: see objectives.py.
+        regression: how predicted features are compared with the target's.
+        regression_weight, distribution_weight: None is 1 and 0.1 for the objective ``"eagle"``, 0
+            and 1 for the others and for EAGLE-3, whose hidden state is its own.
+        lk_eta: how fast ``"lk"`` turns to total variation as acceptance grows.
+        unroll: steps that the draft is run on its own predictions, the first included.
+        step_decay: weight of a step relative to the one before it.
         feature_noise: uniform noise added to the features that the draft reads, relative to
             their standard deviation (EAGLE's augmentation against its own errors).
         eval_every: steps between acceptance checks; also of checkpoints.
@@ -33,9 +47,11 @@ class TrainConfig:
 
     target: str
     data: str
+    method: DraftMethod = "eagle"
     layers: int = 3
     intermediate_size: int | None = None
     draft_vocab_size: int | None = None
+    init: Initialisation = "random"
     max_length: int = 2048
     tokens_per_batch: int = 32768
     tokens: int = 100_000_000
@@ -44,8 +60,13 @@ class TrainConfig:
     decay_fraction: float = 0.3
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
-    regression_weight: float = 1.0
-    cross_entropy_weight: float = 0.1
+    objective: Objective = "eagle"
+    regression: Regression = "smooth_l1"
+    regression_weight: float | None = None
+    distribution_weight: float | None = None
+    lk_eta: float = 3.0
+    unroll: int = 1
+    step_decay: float = 1.0
     feature_noise: float = 0.0
     seed: int = 0
     holdout: int = 64
@@ -57,18 +78,27 @@ class TrainConfig:
     def __post_init__(self) -> None:
         counts = {
             "layers", "max_length", "tokens_per_batch", "tokens", "holdout", "eval_every",
-            "eval_prompts", "eval_tokens", "intermediate_size", "draft_vocab_size",
+            "eval_prompts", "eval_tokens", "intermediate_size", "draft_vocab_size", "unroll",
+        }  # fmt: skip
+        names = {
+            "method": DraftMethod, "init": Initialisation, "objective": Objective,
+            "regression": Regression,
         }  # fmt: skip
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in counts:
+            if field.name in names:
+                choices = get_args(names[field.name])
+                ok, remedy = value in choices, f"give one of {', '.join(choices)}"
+            elif field.name in counts:
                 optional = field.default is None and value is None
                 ok, remedy = optional or (_is(int, value) and value >= 1), "give a positive integer"
             elif field.name in ("target", "data", "device"):
                 ok, remedy = isinstance(value, str), "give a string"
             elif field.name == "decay_fraction":
                 ok, remedy = _is(float, value) and 0 <= value <= 1, "give a number in [0, 1]"
-            elif field.name in ("learning_rate", "gradient_clip"):
+            elif field.name in ("regression_weight", "distribution_weight") and value is None:
+                continue
+            elif field.name in ("learning_rate", "gradient_clip", "step_decay"):
                 ok, remedy = _is(float, value) and 0 < value < math.inf, "give a positive number"
             else:
                 ok, remedy = _is(float, value) and 0 <= value < math.inf, "give a number from 0"
@@ -79,6 +109,34 @@ class TrainConfig:
                 f"max_length={self.max_length}: a conversation must fit in tokens_per_batch="
                 f"{self.tokens_per_batch}"
             )
+
+        self._check_draft()
+
+    def _check_draft(self) -> None:
+        """What does not go together."""
+        if self.method == "eagle3" and self.weight_of_regression:
+            raise AquilineError(
+                f"regression_weight={self.regression_weight!r}: an EAGLE-3 draft's hidden state is "
+                "its own, there is nothing to compare it with; leave it out"
+            )
+        if self.init == "target" and (self.layers < 2 or self.intermediate_size is not None):
+            raise AquilineError(
+                "init='target': copies layers after the first; give layers of 2 or more and no "
+                "intermediate_size"
+            )
+
+    @property
+    def weight_of_regression(self) -> float:
+        """``regression_weight`` or its default."""
+        paper = self.objective == "eagle" and self.method == "eagle"
+        return float(paper) if self.regression_weight is None else self.regression_weight
+
+    @property
+    def weight_of_distribution(self) -> float:
+        """``distribution_weight`` or its default."""
+        paper = self.objective == "eagle" and self.method == "eagle"
+        default = 0.1 if paper else 1.0
+        return default if self.distribution_weight is None else self.distribution_weight
 
     @property
     def steps(self) -> int:

@@ -14,26 +14,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from aquiline.attention.packed import PackedAttention
 from aquiline.core.errors import AquilineError
 from aquiline.decoding.models import DecoderModels, Drafter
-from aquiline.models.draft import DraftHead, EagleDraft, draft_config
-from aquiline.models.draft_checkpoint import save_draft
 from aquiline.models.llama import Llama
 from aquiline.speculation.tree import TreeShape
 from aquiline.text.tokenizer import Tokenizer
 from aquiline.training.acceptance import Acceptance, measure_acceptance
 from aquiline.training.checkpoint import TrainingState, load_state, save_state
 from aquiline.training.config import TrainConfig
-from aquiline.training.losses import Loss, eagle_loss
+from aquiline.training.objectives import Loss
 from aquiline.training.optimizer import MasterAdamW
 from aquiline.training.packing import PackedBatch, Packer
+from aquiline.training.student import Student, scored_positions
+from aquiline.training.teacher import LlamaTeacher
 
 
 @dataclass(frozen=True)
@@ -63,14 +62,14 @@ class Trainer:
         self, config: TrainConfig, target: Llama, tokenizer: Tokenizer, packer: Packer
     ) -> None:
         self.config, self.target, self.tokenizer, self.packer = config, target, tokenizer, packer
-        device = target.embed_tokens.weight.device
-        torch.manual_seed(config.seed)
-        shape = draft_config(target.config, config.layers, config.intermediate_size)
-        with torch.device(device):
-            self.draft = EagleDraft(shape, len(target.rotary.table))
-        initialise(self.draft)
-        self.draft.to(target.embed_tokens.weight.dtype)
-        self.optimizer = MasterAdamW(self.draft, config.weight_decay, config.gradient_clip)
+        self.teacher = LlamaTeacher(target)
+        self.token_ids: Tensor | None = None
+        if config.draft_vocab_size is not None:
+            counts = torch.from_numpy(packer.corpus.token_counts(target.config.vocab_size))
+            self.token_ids = frequent_tokens(counts, config.draft_vocab_size)
+        own = self.token_ids if config.method == "eagle3" else None
+        self.student = Student(config, self.teacher, own)
+        self.optimizer = MasterAdamW(self.student, config.weight_decay, config.gradient_clip)
         self.prompts = packer.held_out_prompts(
             config.eval_prompts, config.max_length - config.eval_tokens
         )
@@ -128,8 +127,9 @@ class Trainer:
         ``norm`` is the largest gradient norm since the last check: a loss may be finite and its
         gradient not.
         """
-        terms = (loss.total, loss.regression, loss.cross_entropy, loss.top1)
-        total, *others = (float(term.detach()) for term in terms)
+        total = float(loss.total.detach())
+        names = ("regression", "cross_entropy", "top1")
+        others = [float(loss.terms[name][0]) if name in loss.terms else 0.0 for name in names]
         for name, value in (("loss", total), ("gradient norm", float(norm))):
             if not math.isfinite(value):
                 raise AquilineError(
@@ -141,63 +141,34 @@ class Trainer:
 
     def loss(self, batch: PackedBatch) -> Loss:
         """The objective on one packed batch."""
-        device = self.target.embed_tokens.weight.device
-        tokens, positions = batch.tokens.to(device)[None], batch.positions.to(device)[None]
-        edges = batch.cu_seqlens.to(device)
-        attention = PackedAttention(edges, batch.max_seqlen)
-        with torch.no_grad():
-            features = self.target(tokens, positions, attention).features
-            embeddings = self.target.embed_tokens(tokens.roll(-1, dims=1))
-            inputs = features + self._noise(features)
-        predicted = self.draft(embeddings, inputs, positions, attention)
-        # Position i is scored if token i + 2 is the assistant's and of the same document.
-        scored = batch.loss_mask[2:] & (batch.positions[2:] >= 2)
-        index = scored.nonzero().squeeze(1).to(device)
+        index = scored_positions(batch)
         if len(index) == 0:
             raise AquilineError(f"batch {self.step}: no assistant token in it; check the data")
-        return eagle_loss(
-            predicted[0, index], features[0, index + 1], self.target.lm_head.weight,
-            self.config.regression_weight, self.config.cross_entropy_weight,
+        device = self.teacher.device
+        batch = replace(
+            batch, tokens=batch.tokens.to(device), positions=batch.positions.to(device),
+            cu_seqlens=batch.cu_seqlens.to(device), loss_mask=batch.loss_mask.to(device),
         )  # fmt: skip
-
-    def _noise(self, features: Tensor) -> Tensor | float:
-        """Uniform noise, relative to the features' standard deviation; a function of the step."""
-        if self.config.feature_noise == 0:
-            return 0.0
-        generator = torch.Generator(features.device).manual_seed(self.step)
-        uniform = torch.rand(features.shape, generator=generator, device=features.device)
-        scale = self.config.feature_noise * features.float().std()
-        return ((uniform - 0.5) * 2 * scale).to(features.dtype)
+        torch.manual_seed(self.step)  # of the noise
+        known = self.teacher(batch, self.student.draft.taps)
+        count = torch.tensor(len(index), device=device)
+        loss: Loss = self.student(batch, known, count, index.to(device))
+        return loss
 
     @torch.no_grad()
     def measure(self) -> Acceptance:
         """TPC of a chain of 3 on held-out prompts, greedy, with the real decoder."""
-        models = DecoderModels(self.target, Drafter(self.draft, DraftHead(self.target, None)))
+        models = DecoderModels(self.target, Drafter(self.student.draft, self.student.head))
         return measure_acceptance(
             models, self.prompts, TreeShape.chain(3), self.config.eval_tokens,
             frozenset(self.tokenizer.eos_token_ids),
         )  # fmt: skip
 
     def export(self, out: Path) -> None:
-        """Write the draft as ``out/draft``: the public EAGLE-1 layout, embedding included."""
-        token_ids = None
-        if self.config.draft_vocab_size is not None:
-            counts = torch.from_numpy(
-                self.packer.corpus.token_counts(self.target.config.vocab_size)
-            )
-            token_ids = frequent_tokens(counts, self.config.draft_vocab_size)
-        head = DraftHead(self.target, token_ids)
-        save_draft(out / "draft", self.draft, head, self.target.embed_tokens.weight)
+        """Write the draft as ``out/draft``: the public layout, embedding included."""
+        self.student.export(out / "draft", self.token_ids)
 
 
 def frequent_tokens(counts: Tensor, size: int) -> Tensor:
     """Ids [size] of the most frequent tokens by counts [V], ascending."""
     return counts.topk(min(size, len(counts))).indices.sort().values
-
-
-@torch.no_grad()
-def initialise(draft: EagleDraft) -> None:
-    """Every matrix from N(0, 0.02^2); norms keep their ones."""
-    for parameter in draft.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.02)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aquiline.attention.packed import PackedAttention
 from aquiline.core.errors import AquilineError, CheckpointError
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.models import DecoderModels, Drafter
@@ -25,11 +23,10 @@ from aquiline.models.draft_checkpoint import load_draft
 from aquiline.models.llama import Llama, load_llama
 from aquiline.speculation.tree import TreeShape
 from aquiline.text.tokenizer import Tokenizer, load_tokenizer
-from aquiline.training import losses, trainer
 from aquiline.training.acceptance import measure_acceptance
 from aquiline.training.config import TrainConfig
 from aquiline.training.corpus import Corpus, build_corpus
-from aquiline.training.losses import Loss, eagle_loss
+from aquiline.training.objectives import Loss
 from aquiline.training.packing import Packer
 from aquiline.training.trainer import Progress, Trainer, frequent_tokens
 from tests.tiny_checkpoint import CYCLE, IM_END, make_draft, token, write_draft, write_target
@@ -99,7 +96,7 @@ def stop_at(step: int) -> Callable[[Progress], None]:
 
 
 def weights(run: Trainer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in run.draft.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in run.student.draft.state_dict().items()}
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -119,8 +116,8 @@ def test_a_short_run_lowers_the_loss_and_exports_a_draft(setting: Setting, tmp_p
         with torch.no_grad():
             found = [run.loss(batch) for batch in batches]
         return (
-            sum(float(loss.regression) for loss in found),
-            sum(float(loss.cross_entropy) for loss in found),
+            sum(float(loss.terms["regression"]) for loss in found),
+            sum(float(loss.terms["cross_entropy"]) for loss in found),
         )
 
     before = losses_now()
@@ -146,7 +143,7 @@ def test_two_runs_of_one_configuration_are_equal(setting: Setting, tmp_path: Pat
     assert_same(weights(runs[0]), weights(runs[1]))
     other = setting.trainer(tokens=6 * BATCH, feature_noise=0.2, seed=4)
     other.run(tmp_path / "other", ignore)
-    assert not other.draft.fc.weight.equal(runs[0].draft.fc.weight)
+    assert not other.student.draft.fc.weight.equal(runs[0].student.draft.fc.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -216,9 +213,9 @@ def test_checkpoint_without_a_tensor_is_refused(setting: Setting, tmp_path: Path
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(path)
-    del tensors["exp_avg.fc.weight"]
+    del tensors["exp_avg.draft.fc.weight"]
     save_file(tensors, path, metadata)
-    with pytest.raises(CheckpointError, match=r"exp_avg\.fc\.weight"):
+    with pytest.raises(CheckpointError, match=r"exp_avg\.draft\.fc\.weight"):
         setting.trainer().run(tmp_path, ignore)
 
 
@@ -270,89 +267,7 @@ def test_held_out_prompts_that_are_all_too_long_are_refused(
         setting.trainer(eval_tokens=LENGTH).run(tmp_path, ignore)
 
 
-# ---------------------------------------------------------------------------------------- losses
-
-
-def test_chunked_cross_entropy_is_autograd_of_the_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK", 7)
-    generator = torch.Generator().manual_seed(0)
-    head = torch.randn(50, 12, generator=generator, dtype=torch.float64)
-    features = torch.randn(24, 12, generator=generator, dtype=torch.float64)
-    start = torch.randn(24, 12, generator=generator, dtype=torch.float64)
-
-    ours = start.clone().requires_grad_()
-    loss = eagle_loss(ours, features, head, 0.7, 0.3)
-    (loss.total * 2).backward()
-
-    plain = start.clone().requires_grad_()
-    target_probs = (features @ head.T).softmax(-1)
-    log_draft = (plain @ head.T).log_softmax(-1)
-    cross_entropy = -(target_probs * log_draft).sum(-1).mean()
-    difference = (plain - features).abs()
-    regression = torch.where(difference < 1, difference**2 / 2, difference - 0.5).mean()
-    (2 * (0.7 * regression + 0.3 * cross_entropy)).backward()
-
-    # Logits and softmaxes are fp32 by contract.
-    assert float(loss.cross_entropy) == pytest.approx(float(cross_entropy.detach()), rel=1e-5)
-    assert float(loss.regression) == pytest.approx(float(regression.detach()), rel=1e-5)
-    total = (0.7 * regression + 0.3 * cross_entropy).detach()
-    assert float(loss.total.detach()) == pytest.approx(float(total), rel=1e-5)
-    assert ours.grad is not None
-    assert plain.grad is not None
-    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-4, atol=1e-6)
-    agreed = ((start @ head.T).argmax(-1) == (features @ head.T).argmax(-1)).double().mean()
-    assert float(loss.top1) == pytest.approx(float(agreed))
-
-
-@pytest.mark.parametrize("chunk", [1, 5, 24, 100])
-def test_chunk_size_does_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(1)
-    head, features, start = torch.randn(50, 12), torch.randn(24, 12), torch.randn(24, 12)
-    found = []
-    for size in (8192, chunk):
-        monkeypatch.setattr(losses, "CHUNK", size)
-        predicted = start.clone().requires_grad_()
-        eagle_loss(predicted, features, head, 0.0, 1.0).total.backward()
-        found.append(predicted.grad)
-    torch.testing.assert_close(found[0], found[1])
-
-
-def test_position_is_scored_iff_its_predicted_token_is_the_assistants(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Brute force: every document alone, every position tried."""
-    run = setting.trainer()
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def spy(predicted: Tensor, features: Tensor, *rest: Any) -> Loss:
-        seen.append((predicted.detach(), features))
-        return eagle_loss(predicted, features, *rest)
-
-    monkeypatch.setattr(trainer, "eagle_loss", spy)
-    for step in range(3):
-        batch = run.packer.batch(step)
-        run.loss(batch)
-        predicted, features = [], []
-        edges = batch.cu_seqlens.tolist()
-        assert len(edges) > 3, "several documents in a batch"
-        for start, end in itertools.pairwise(edges):
-            tokens, mask = batch.tokens[start:end], batch.loss_mask[start:end]
-            count = len(tokens)
-            attention = PackedAttention(torch.tensor([0, count]), count)
-            positions = torch.arange(count)[None]
-            with torch.no_grad():
-                h = run.target(tokens[None], positions, attention).features[0]
-                if count < 3:
-                    continue
-                short = PackedAttention(torch.tensor([0, count - 1]), count - 1)
-                embeddings = run.target.embed_tokens(tokens[1:])[None]
-                out = run.draft(embeddings, h[None, :-1], positions[:, :-1], short)[0]
-            for i in range(count - 2):
-                if mask[i + 2]:
-                    predicted.append(out[i])
-                    features.append(h[i + 1])
-        torch.testing.assert_close(seen[-1][0], torch.stack(predicted), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(seen[-1][1], torch.stack(features), rtol=1e-4, atol=1e-5)
+# ------------------------------------------------------------------------------------------ loss
 
 
 def test_batch_without_an_assistant_token_is_named(setting: Setting) -> None:
@@ -366,7 +281,7 @@ def test_only_the_draft_learns(setting: Setting) -> None:
     run = setting.trainer()
     run.loss(run.packer.batch(0)).total.backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is None for parameter in run.target.parameters())
-    for name, parameter in run.draft.named_parameters():
+    for name, parameter in run.student.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
 
