@@ -13,24 +13,23 @@ of texts are drafted at once, depth by depth; walk.py turns the ranks into round
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from aquiline.attention.backend import Angles, Projection
 from aquiline.attention.packed import PackedAttention
+from aquiline.attention.unrolled import UnrolledAttention
 from aquiline.core.errors import AquilineError
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.models import DecoderModels, Drafter
 from aquiline.evaluation.texts import FixedText
-from aquiline.kernels import ops
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw_top, position_noise
 
 WIDTH = 8  # children that are ranked
-_BATCH_TOKENS = {"cuda": 16384}  # of a padded batch
+_BATCH_TOKENS = {"cuda": 32768}  # of a packed row
 _LOGITS = {"cuda": 2**28}  # entries at a time
 _CPU_BATCH_TOKENS, _CPU_LOGITS = 4096, 2**23
 
@@ -60,143 +59,95 @@ def token_ranks(
     limit = _BATCH_TOKENS.get(models.device.type, _CPU_BATCH_TOKENS)
     for members in _batches(texts, limit):
         found = _Batch(models, drafter, [texts[i] for i in members], temperature)
-        for index, one in zip(members, found.ranks(depth, width).cpu(), strict=True):
-            ranks[index] = one[: texts[index].roots]
+        roots = [texts[index].roots for index in members]
+        for index, one in zip(
+            members, torch.split(found.ranks(depth, width).cpu(), roots), strict=True
+        ):
+            ranks[index] = one
     return ranks
 
 
 def _batches(texts: Sequence[FixedText], limit: int) -> Iterator[list[int]]:
-    """Indices of texts of like length that fill ``limit`` tokens, padded; texts without a root are
-    left out."""
-    sizes = {i: len(t.prompt) + len(t.tokens) for i, t in enumerate(texts) if t.roots}
+    """Indices of texts that fill ``limit`` tokens; texts without a root are left out."""
     batch: list[int] = []
-    for index in sorted(sizes, key=sizes.__getitem__):
-        if batch and (len(batch) + 1) * sizes[index] > limit:
+    room = limit
+    for index, text in enumerate(texts):
+        if not text.roots:
+            continue
+        size = len(text.prompt) + len(text.tokens)
+        if batch and size > room:
             yield batch
-            batch = []
+            batch, room = [], limit
         batch.append(index)
+        room -= size
     if batch:
         yield batch
 
 
 class _Batch:
-    """B texts side by side, padded to T tokens; R rows each, one for every root (padded too).
+    """Texts packed in one row of N tokens; R roots in all.
 
-    Row i of a text is the pair that comes before its root i, so it lies at column prompt - 1 + i.
+    Row i of N is the pair (token i + 1, feature i): the one before root i + 1.
     """
 
     def __init__(
         self, models: DecoderModels, drafter: Drafter, texts: Sequence[FixedText],
         temperature: float,
     ) -> None:  # fmt: skip
-        self.models, self.drafter = models, drafter
-        device, all_tokens = models.device, [(*text.prompt, *text.tokens) for text in texts]
-        longest = max(map(len, all_tokens))
-        self.tokens = torch.tensor(
-            [[*one, *[0] * (longest - len(one))] for one in all_tokens], device=device
-        )
-        self.counts = torch.tensor([len(one) for one in all_tokens], device=device)
-        first = torch.tensor([len(text.prompt) - 1 for text in texts], device=device)
-        roots = torch.arange(max(text.roots for text in texts), device=device)
-        self.rows = (first[:, None] + roots).clamp(max=longest - 1)  # [B, R]
-        params = SamplingParams(temperature=temperature)
-        self.sampling = SamplingBatch.of(
-            [params] * len(texts), [text.seed for text in texts], device
-        )
+        self.models, self.drafter, device = models, drafter, models.device
+        sizes = [len(text.prompt) + len(text.tokens) for text in texts]
+        edges = list(itertools.accumulate(sizes, initial=0))
+        self.edges, self.longest = torch.tensor(edges, device=device, dtype=torch.int32), max(sizes)
+        self.tokens = torch.tensor([t for text in texts for t in (*text.prompt, *text.tokens)],
+                                   device=device)  # fmt: skip
+        self.positions = torch.cat([torch.arange(size, device=device) for size in sizes])
+        firsts = [edge + len(text.prompt) - 1 for edge, text in zip(edges, texts, strict=False)]
+        counts = [text.roots for text in texts]
+        rows = [torch.arange(f, f + n) for f, n in zip(firsts, counts, strict=True)]
+        owners = torch.arange(len(texts)).repeat_interleave(torch.tensor(counts)).to(device)
+        self.rows, self.ends = torch.cat(rows).to(device), self.edges[1:][owners]  # [R]
+        params = [SamplingParams(temperature=temperature)] * len(texts)
+        sampling = SamplingBatch.of(params, [text.seed for text in texts], device)
+        self.sampling = sampling.select(owners)  # [R]
 
     def ranks(self, depth: int, width: int) -> Tensor:
-        """[B, R, depth]."""
-        tokens, rows = self.tokens, self.rows
-        draft = self.drafter.draft
-        columns = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        attention = _ForcedAttention(columns[:, None] <= rows[..., None])
-        inputs = draft.fuse(self._features(columns))
-        every: Tensor = draft(self._embed(columns + 1), inputs, columns, attention)
-        hidden = every.gather(1, rows[..., None].expand(-1, -1, every.shape[-1]))
-        found = [self._rank(hidden, 1, width)]
-        for level in range(2, depth + 1):
-            positions = (rows + level - 1).clamp(max=tokens.shape[1] - 1)
-            hidden = draft(self._embed(rows + level), hidden, positions, attention)
-            found.append(self._rank(hidden, level, width))
+        """[R, depth]."""
+        draft, found = self.drafter.draft, []
+        attention = UnrolledAttention(self.edges, self.longest)
+        hidden = draft.fuse(self._features())
+        every = torch.arange(len(self.tokens), device=self.tokens.device)
+        for step in range(depth):
+            embedded = self.drafter.embed(self._after(every, step + 1))
+            positions = (self.positions + step).clamp(max=self.longest - 1)
+            hidden = draft(embedded[None], hidden, positions[None], attention)
+            found.append(self._rank(hidden[0, self.rows], step, width))
+            attention = attention.after()
         return torch.stack(found, dim=-1)
 
-    def _features(self, columns: Tensor) -> Tensor:
-        """The target's features [B, T, feature_size], every text a document of a packed row."""
-        count, width = self.tokens.shape
-        edges = torch.arange(count + 1, dtype=torch.int32, device=self.tokens.device) * width
-        attention = PackedAttention(edges, width)
-        flat = self.tokens.view(1, -1), columns.reshape(1, -1)
-        output = self.models.target(*flat, attention, self.models.taps)
-        return self.models.draft_features(output).view(count, width, -1)
+    def _features(self) -> Tensor:
+        """The target's features [1, N, feature_size]."""
+        attention = PackedAttention(self.edges, self.longest)
+        rows = self.tokens[None], self.positions[None]
+        return self.models.draft_features(self.models.target(*rows, attention, self.models.taps))
 
-    def _at(self, columns: Tensor) -> Tensor:
-        """Tokens at columns [B, n]; past the last column, the last."""
-        return self.tokens.gather(1, columns.clamp(max=self.tokens.shape[1] - 1))
+    def _after(self, rows: Tensor, count: int) -> Tensor:
+        """The tokens ``count`` places after rows; past the last one, the last."""
+        return self.tokens[(rows + count).clamp(max=len(self.tokens) - 1)]
 
-    def _embed(self, columns: Tensor) -> Tensor:
-        return self.drafter.embed(self._at(columns))
-
-    def _rank(self, hidden: Tensor, level: int, width: int) -> Tensor:
-        """Place [B, R] of the true token among the children at depth ``level``."""
+    def _rank(self, hidden: Tensor, step: int, width: int) -> Tensor:
+        """Place [R] of the true token among what is proposed from hidden states [R, d]."""
         vocab, head = self.models.target.config.vocab_size, self.drafter.head
-        limit = _LOGITS.get(hidden.device.type, _CPU_LOGITS)
+        true = self._after(self.rows, step + 2)
+        known = self.rows + step + 2 < self.ends
+        limit = max(1, _LOGITS.get(hidden.device.type, _CPU_LOGITS) // vocab)
         found = []
-        for start in range(0, hidden.shape[1], step := max(1, limit // (len(hidden) * vocab))):
-            part = slice(start, start + step)
-            logits, positions = self.drafter.logits(hidden[:, part]), self.rows[:, part] + level + 1
-            noise = position_noise(self.sampling, positions, vocab)
+        for part in torch.split(torch.arange(len(hidden), device=hidden.device), limit):
+            logits = self.drafter.logits(hidden[part])[:, None]
+            sampling = self.sampling.select(part)
+            drawn_at = self.positions[self.rows[part]] + step + 2
+            noise = position_noise(sampling, drawn_at[:, None], vocab)
             count = min(width, logits.shape[-1])
-            best = draw_top(logits, self.sampling, noise, None, head.token_ids, count)
-            hits = head.to_target(best) == self._at(positions)[..., None]
-            hits &= (positions < self.counts[:, None])[..., None]
+            best = draw_top(logits, sampling, noise, None, head.token_ids, count)[:, 0]
+            hits = (head.to_target(best) == true[part, None]) & known[part, None]
             found.append(torch.where(hits.any(dim=-1), hits.int().argmax(dim=-1), width))
-        return torch.cat(found, dim=1)
-
-
-class _ForcedAttention:
-    """Attention of a draft that is unrolled from many roots at once.
-
-    The first pass is causal over all T columns and its keys are kept. Every later pass has one row
-    for each root: it sees the first pass's keys up to the root's pair (``visible`` [B, R, T]) and
-    one key of its own for each depth since, itself included.
-    """
-
-    def __init__(self, visible: Tensor) -> None:
-        self._visible = visible
-        self._prefix: dict[int, tuple[Tensor, Tensor]] = {}
-        self._own: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-    def run(
-        self, layer: int, x: Tensor | ops.Normed, project: Projection, kv_heads: int, angles: Angles
-    ) -> Tensor:
-        """See Attention."""
-        heads = project(x)
-        heads = heads.view(*heads.shape[:-1], -1, angles.cos.shape[-1])
-        turned = ops.rotary(heads[:, :, :-kv_heads], angles.cos, angles.signed_sin)
-        q, k, v = turned[:, :, :-kv_heads], turned[:, :, -kv_heads:], heads[:, :, -kv_heads:]
-        if layer not in self._prefix:
-            self._prefix[layer], self._own[layer] = (k, v), []
-            qt, kt, vt = (part.transpose(1, 2) for part in (q, k, v))
-            causal = F.scaled_dot_product_attention(qt, kt, vt, is_causal=True, enable_gqa=True)
-            return causal.transpose(1, 2)
-        self._own[layer].append((k, v))
-        own_k, own_v = (torch.stack(parts, dim=2) for parts in zip(*self._own[layer], strict=True))
-        return _attend(q, *self._prefix[layer], self._visible, own_k, own_v)
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor, own_k: Tensor, own_v: Tensor
-) -> Tensor:
-    """q [B, R, H, D] over k, v [B, T, K, D] where ``visible`` and own_k, own_v [B, R, S, K, D];
-    in fp32 at least."""
-    exact = torch.promote_types(q.dtype, torch.float32)
-    grouped = q.view(*q.shape[:2], k.shape[2], -1, q.shape[-1]).to(exact) * q.shape[-1] ** -0.5
-    k, v, own_k, own_v = (part.to(exact) for part in (k, v, own_k, own_v))
-    prefix = torch.einsum("brkgd,btkd->bkgrt", grouped, k)
-    prefix = prefix.masked_fill(~visible[:, None, None], float("-inf"))
-    own = torch.einsum("brkgd,brskd->bkgrs", grouped, own_k)
-    seen = prefix.shape[-1]
-    weights = torch.cat((prefix, own), dim=-1).softmax(dim=-1)
-    out = torch.einsum("bkgrt,btkd->brkgd", weights[..., :seen], v)
-    out += torch.einsum("bkgrs,brskd->brkgd", weights[..., seen:], own_v)
-    return out.flatten(2, 3).to(q.dtype)
+        return torch.cat(found)
