@@ -139,12 +139,17 @@ def _merge_backward(
 
 def _grouped(x: Tensor, key: Tensor) -> Tensor:
     """[N, H, D] -> [N, K, G, D], in fp32 at least."""
-    return _by_head(x, key).to(torch.promote_types(x.dtype, torch.float32))
+    return _by_head(_wide(x), key)
 
 
 def _by_head(x: Tensor, key: Tensor) -> Tensor:
     """[N, H, D] -> [N, K, G, D]."""
     return x.view(len(x), key.shape[1], -1, x.shape[-1])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or fp64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by_row(lse: Tensor, key: Tensor) -> Tensor:
@@ -179,9 +184,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> tuple[
         scores = _scores(q[start:end], k[start:end])
         lse = scores.logsumexp(dim=-1)
         probs = (scores - lse[..., None]).exp()
-        outs.append(torch.einsum("kgnm,mkd->nkgd", probs, v[start:end]).flatten(1, 2))
+        outs.append(torch.einsum("kgnm,mkd->nkgd", probs, _wide(v[start:end])).flatten(1, 2))
         sums.append(lse.flatten(0, 1))
-    return torch.cat(outs), torch.cat(sums, dim=1)
+    return torch.cat(outs).to(q.dtype), torch.cat(sums, dim=1)
 
 
 def _causal_backward(
@@ -201,7 +206,8 @@ def _causal_backward(
             grad, q, k, v, out, lse, cu, cu, longest, longest, 0.0, True, *seeds
         )
         return found
-    parts = []
+    parts, dtype = [], q.dtype
+    grad, q, k, v, out = (_wide(x) for x in (grad, q, k, v, out))
     delta = (grad * out).sum(dim=-1).T  # [H, N]
     for start, end in itertools.pairwise(cu.tolist()):
         part = slice(start, end)
@@ -217,11 +223,12 @@ def _causal_backward(
                 torch.einsum("kgnm,nkgd->mkd", probs, up),
             )
         )
-    return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    return tuple(torch.cat(part).to(dtype) for part in zip(*parts, strict=True))
 
 
 def _scores(q: Tensor, k: Tensor) -> Tensor:
     """Causal scores [K, G, n, n] of one document's q [n, H, D] and k [n, K, D]."""
+    q, k = _wide(q), _wide(k)
     scores = torch.einsum("nkgd,mkd->kgnm", _by_head(q, k), k) * float(q.shape[-1] ** -0.5)
     hidden = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(hidden, -torch.inf)

@@ -12,6 +12,7 @@ from aquiline.core.params import DraftMethod
 Objective = Literal["eagle", "kl", "tv", "lk"]
 Regression = Literal["l1", "smooth_l1"]
 Initialisation = Literal["random", "target"]
+MAX_UNROLL = 8  # steps; the attention of each is compiled anew
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ class TrainConfig:
                 f"regression_weight={self.regression_weight!r}: an EAGLE-3 draft's hidden state is "
                 "its own, there is nothing to compare it with; leave it out"
             )
+        if self.unroll > MAX_UNROLL:
+            raise AquilineError(f"unroll={self.unroll}: give at most {MAX_UNROLL}")
         if self.init == "target" and (self.layers < 2 or self.intermediate_size is not None):
             raise AquilineError(
                 "init='target': copies layers after the first; give layers of 2 or more and no "

@@ -14,18 +14,20 @@ In step s a position i = r + s is scored that would be scored in step 0, if r is
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from aquiline.attention.unrolled import UnrolledAttention
+from aquiline.core.errors import AquilineError
 from aquiline.models.draft import Draft, DraftHead, EagleDraft, Head, draft_config
 from aquiline.models.draft_checkpoint import save_draft
 from aquiline.models.eagle3 import Eagle3Draft, Eagle3Head, default_taps
 from aquiline.training.config import TrainConfig
 from aquiline.training.objectives import Loss, Rows, objective_loss
 from aquiline.training.packing import PackedBatch
-from aquiline.training.teacher import Teacher, TeacherOutput
+from aquiline.training.teacher import LlamaTeacher, Teacher, TeacherOutput
 from aquiline.training.vocabulary_loss import Heads
 
 MARGIN = 64  # positions past the longest text, for the tree of its last round
@@ -59,18 +61,36 @@ class Student(nn.Module):
                 ids = None if token_ids is None else token_ids.to(teacher.device)
                 self.head = Eagle3Head(teacher, shape, rows, ids)
         self._initialise()
-        self.to(teacher.dtype)
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Matrices from N(0, 0.02^2), norms are ones, an EAGLE-3 head is the target's rows."""
+        """Matrices from N(0, 0.02^2), norms are ones, an EAGLE-3 head is the target's rows.
+
+        The first layer reads what no layer of the target reads and is random whatever ``init``.
+        """
         generator = torch.Generator(self._teacher[0].device).manual_seed(self.config.seed)
         for parameter in self.draft.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
+        self.to(self._teacher[0].dtype)
         if isinstance(self.head, Eagle3Head):
             weight, ids = self._teacher[0].head_weight, self.head.token_ids
             self.head.lm_head.weight.copy_(weight if ids is None else weight[ids])
+        if self.config.init == "target":
+            self._copy_layers(self.config.layers - 1)
+
+    def _copy_layers(self, count: int) -> None:
+        """The last ``count`` layers are the target's last; what it has more, biases, is left."""
+        teacher = self._teacher[0]
+        if not isinstance(teacher, LlamaTeacher) or count > teacher.config.num_layers:
+            raise AquilineError(
+                f"init='target': copies {count} layers of a target that aquiline's own Llama runs; "
+                "give init='random'"
+            )
+        layers = cast(nn.ModuleList, self.draft.layers)
+        for own, theirs in zip(layers[-count:], teacher.target.layers[-count:], strict=True):
+            for name, parameter in own.named_parameters():
+                parameter.copy_(theirs.get_parameter(name))
 
     def forward(
         self,
@@ -90,7 +110,10 @@ class Student(nn.Module):
         steps = torch.arange(self.config.unroll, device=index.device)[:, None]
         rows = (index - steps).clamp(min=0)  # [S, P]
         hidden = torch.stack(
-            [x[0, row] for x, row in zip(self.unrolled(batch, known), rows, strict=True)]
+            [
+                x[0].index_select(0, row)
+                for x, row in zip(self.unrolled(batch, known), rows, strict=True)
+            ]
         )
         heads, read = (
             Heads(self._teacher[0].head_weight, self._teacher[0].head_weight, None),

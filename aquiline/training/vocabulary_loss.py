@@ -92,7 +92,8 @@ class _VocabularyLoss(torch.autograd.Function):
             rows = hidden[:, part].reshape(-1, hidden.shape[-1])
             draft = (rows @ draft_head.T).view(steps, -1, len(draft_head))
             target = features[part] @ target_head.T
-            found, slope = fused(draft, target, token_ids, weights[:, part], divergence, eta)
+            scale = weights[:, part].contiguous()
+            found, slope = fused(draft, target, token_ids, scale, divergence, eta)
             sums += found
             grad_hidden[:, part] = slope @ draft_head
             if grad_head is not None:

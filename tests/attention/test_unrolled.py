@@ -64,6 +64,19 @@ def test_gradients_are_those_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(ours, inputs(2), fast_mode=True)
 
 
+def test_half_precision_is_near_the_truth() -> None:
+    low = [x.detach().bfloat16().requires_grad_() for x in inputs(3)]
+    high = [x.detach().double().requires_grad_() for x in low]
+    for found in (low, high):
+        out = ours(*found)
+        assert out.dtype == found[0].dtype
+        out.backward(torch.ones_like(out) * torch.arange(SIZE))
+    for mine, theirs in zip(low, high, strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert (mine.grad.double() - theirs.grad).norm() < 2e-2 * theirs.grad.norm()
+
+
 def test_strided_heads_and_large_scores() -> None:
     """Projections hand over slices of one tensor; scores of a thousand must not overflow."""
     q, k0, v0, key, value = (x.detach() for x in inputs(1))

@@ -136,6 +136,35 @@ def test_a_short_run_lowers_the_loss_and_exports_a_draft(setting: Setting, tmp_p
             assert loaded.state_dict()[name].equal(tensor.bfloat16().float()), name
 
 
+def test_eagle3_runs_export_and_unrolling_pays(setting: Setting, tmp_path: Path) -> None:
+    """A reduced vocabulary, on a target deep enough to be tapped.
+
+    Trained on the target's features alone, the draft fails on its own hidden states: most of what
+    it drafts second is wrong.
+    """
+    folder = write_target(tmp_path / "target", mix=0.03, num_layers=7)
+    target = load_llama(open_checkpoint(folder), torch.float32, CPU, 400)
+    found = []
+    for unroll in (1, 3):
+        config = replace(
+            setting.config, method="eagle3", objective="lk", unroll=unroll, draft_vocab_size=30,
+            learning_rate=1e-2, tokens=60 * BATCH, eval_every=60, eval_prompts=6, eval_tokens=24,
+        )  # fmt: skip
+        packer = Packer(setting.corpus, BATCH, config.seed, config.holdout)
+        out = tmp_path / str(unroll)
+        acceptance = Trainer(config, target, setting.tokenizer, packer).run(out, ignore)
+        found.append(acceptance.by_depth)
+        loaded = load_draft(out / "draft", target, 400, "eagle3")
+        models = DecoderModels(target, Drafter(loaded.draft, loaded.head))
+        prompts = packer.held_out_prompts(6, LENGTH - 24)
+        ends = frozenset(setting.tokenizer.eos_token_ids)
+        exported = measure_acceptance(models, prompts, TreeShape.chain(3), 24, ends)
+        assert exported.tokens_per_call == pytest.approx(acceptance.tokens_per_call, rel=0.1)
+    plain, unrolled = found
+    assert unrolled[0] > 0.5
+    assert unrolled[1] > plain[1] + 0.2, found
+
+
 def test_two_runs_of_one_configuration_are_equal(setting: Setting, tmp_path: Path) -> None:
     runs = [setting.trainer(tokens=6 * BATCH, feature_noise=0.2) for _ in range(2)]
     for index, run in enumerate(runs):

@@ -21,22 +21,10 @@ from aquiline.training.config import TrainConfig
 from aquiline.training.packing import PackedBatch
 from aquiline.training.student import Student, scored_positions
 from aquiline.training.teacher import LlamaTeacher
-from tests.laws.tiny import CONFIG, CPU, VOCAB, tiny_target
+from tests.laws.tiny import CONFIG, CPU, tiny_target
+from tests.training.packed import packed
 
 DEPTH = 4
-
-
-def packed(lengths: list[int], seed: int = 0, padding: int = 0) -> PackedBatch:
-    """Random documents; about two thirds of their tokens are the assistant's."""
-    generator = torch.Generator().manual_seed(seed)
-    count = sum(lengths) + padding
-    mask = torch.rand(count, generator=generator) < 0.67
-    mask[count - padding :] = False
-    edges = list(itertools.accumulate([0, *lengths, *([padding] if padding else [])]))
-    positions = torch.cat([*map(torch.arange, lengths), torch.zeros(padding, dtype=torch.int64)])
-    tokens = torch.randint(0, VOCAB, (count,), generator=generator)
-    cu = torch.tensor(edges, dtype=torch.int32)
-    return PackedBatch(tokens, mask, positions, cu, max(*lengths, padding), 0.0)
 
 
 def student(teacher: LlamaTeacher, **changes: Any) -> Student:

@@ -1,0 +1,115 @@
+"""Training on the card: flash with merged sums and the compiled loss, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aquiline.attention.unrolled import chained_attention
+from aquiline.training import vocabulary_loss as vocabulary
+from aquiline.training.config import TrainConfig
+from aquiline.training.student import Student, scored_positions
+from aquiline.training.teacher import LlamaTeacher
+from aquiline.training.vocabulary_loss import Heads, vocabulary_loss
+from tests.laws.tiny import CONFIG, tiny_target
+from tests.training.packed import packed
+
+pytestmark = pytest.mark.gpu
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.compiler.reset()  # every case may compile
+    torch.manual_seed(0)
+
+
+def learning(*shape: int, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape, device="cuda")).to(BF16).requires_grad_()
+
+
+def exact(x: Tensor) -> Tensor:
+    return x.detach().double().requires_grad_()
+
+
+def gap(found: Tensor | None, expected: Tensor | None) -> float:
+    assert found is not None
+    assert expected is not None
+    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm())
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize(("heads", "kv", "size"), [(9, 3, 64), (32, 8, 128), (4, 4, 64)])
+def test_unrolled_attention(heads: int, kv: int, size: int, steps: int) -> None:
+    edges = torch.tensor([0, 300, 301, 1000, 1777], dtype=torch.int32, device="cuda")
+    count = int(edges[-1])
+    low = [learning(count, heads, size), *(learning(count, kv, size) for _ in range(2 + 2 * steps))]
+    high = [exact(x) for x in low]
+    up, found = torch.randn(count, heads, size, device="cuda"), []
+    for q, k0, v0, *chain in (low, high):
+        keys, values = tuple(chain[:steps]), tuple(chain[steps:])
+        out = chained_attention(q, k0, v0, keys, values, edges, 776)
+        out.backward(up.to(out.dtype))
+        found.append(out)
+    assert gap(*found) < 1e-2
+    for mine, theirs in zip(low, high, strict=True):
+        assert gap(mine.grad, theirs.grad) < 2e-2
+
+
+@pytest.mark.parametrize("divergence", ["ce", "lk"])
+@pytest.mark.parametrize("reduced", [False, True])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_vocabulary_loss(
+    steps: int, reduced: bool, divergence: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, vocab, width = 1000, 5003, 256
+    monkeypatch.setattr(vocabulary, "LOGITS", 300 * vocab * steps)  # uneven chunks
+    ids = torch.arange(0, vocab, 4, device="cuda") if reduced else None
+    size = vocab if ids is None else len(ids)
+    low = [learning(steps, rows, width), learning(size, width, scale=0.2)]
+    features, target = learning(rows, width).detach(), learning(vocab, width, scale=0.2).detach()
+    high, results = [exact(x) for x in low], []
+    weights = torch.rand(steps, rows, device="cuda")
+    for (hidden, head), to in ((low, BF16), (high, torch.float64)):
+        heads = Heads(head, target.to(to), ids)
+        loss, sums = vocabulary_loss(divergence, 3.0, hidden, features.to(to), heads, weights)
+        loss.backward()
+        results.append((loss, sums))
+    assert gap(results[0][0], results[1][0]) < 1e-2
+    assert gap(results[0][1][:2], results[1][1][:2]) < 1e-2
+    for mine, theirs in zip(low, high, strict=True):
+        assert gap(mine.grad, theirs.grad) < 3e-2
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+def test_a_students_loss_is_the_cpus(method: str) -> None:
+    config = TrainConfig(
+        "t", "d", method=method, objective="lk", unroll=3, max_length=64, tokens_per_batch=64
+    )  # type: ignore[arg-type]
+    batch, found = packed([23, 9, 17, 5], padding=10), []
+    for device, dtype in (("cuda", BF16), ("cpu", torch.float64)):
+        target = tiny_target(0, replace(CONFIG, num_layers=7)).to(device, dtype)
+        teacher = LlamaTeacher(target)
+        student = Student(config, teacher, None)
+        with torch.no_grad():
+            for index, parameter in enumerate(student.parameters()):
+                generator = torch.Generator().manual_seed(index)
+                values = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(1 + 0.1 * values if values.dim() == 1 else 0.2 * values)
+        moved = replace(
+            batch,
+            **{
+                name: getattr(batch, name).to(device)
+                for name in ("tokens", "loss_mask", "positions", "cu_seqlens")
+            },
+        )
+        count = torch.tensor(len(scored_positions(moved)), device=device)
+        loss = student(moved, teacher(moved, student.draft.taps), count)
+        loss.total.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+        found.append(loss.total.cpu())
+    assert gap(*found) < 3e-2
