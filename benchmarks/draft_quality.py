@@ -145,11 +145,11 @@ def draft_rows(
         outside = [~one for one in inside]
         ranks = token_ranks(models, answers, temperature, max(options.chains), width=1)
         for chain in options.chains:
+            accepted = acceptance_fields(ranks, chain, outside)
             yield {
                 **described, "task": task, "temperature": temperature, "chain": chain,
-                **acceptance_fields(ranks, chain, outside),
-                "loop_share": round(loop_share(inside), 4),
-                **cost_fields(costs, chain, ranks),
+                **accepted, "loop_share": round(loop_share(inside), 4),
+                **cost_fields(costs, chain, accepted["tokens_per_call"]),
             }  # fmt: skip
 
 
@@ -165,12 +165,13 @@ def acceptance_fields(ranks: Sequence[Tensor], chain: int, outside: Sequence[Ten
     }  # fmt: skip
 
 
-def cost_fields(costs: Costs, chain: int, ranks: Sequence[Tensor]) -> Row:
-    tpc = paired_acceptance(ranks, TreeShape.chain(chain)).tokens_per_call
+def cost_fields(costs: Costs, chain: int, tokens_per_call: float) -> Row:
     return {
         "draft_step_ms": round(costs.step_ms, 4), "round_ms": round(costs.round_ms[chain], 4),
         "plain_round_ms": round(costs.plain_ms, 4),
-        "predicted_speedup": round(tpc * costs.plain_ms / costs.round_ms[chain], 3),
+        "predicted_speedup": round(
+            tokens_per_call * costs.plain_ms / costs.round_ms[chain], 3
+        ),
     }  # fmt: skip
 
 
@@ -262,6 +263,12 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if max(options.chains) > OVERRUN:
         parser.error(f"--chains: texts are kept {OVERRUN} tokens past their end; give at most that")
+    if len(set(options.chains)) < 2:
+        parser.error("--chains: the cost of a step is what a longer one adds; give two")
+    shipped = shipped_draft(options.model)
+    if not options.drafts and shipped is None:
+        parser.error(f"no draft is shipped for {options.model!r}; give folders")
+    options.drafts = options.drafts or [shipped]
     return options
 
 
@@ -271,7 +278,10 @@ def main() -> None:
     device = torch.device(options.device)
     mark = fingerprint(device)
     print(mark, flush=True)
-    candidates = [Candidate.of(folder) for folder in options.drafts or [shipped_draft(BUILT_IN)]]
+    candidates = [Candidate.of(folder) for folder in options.drafts]
+    names = [candidate.name for candidate in candidates]
+    if len(set(names)) < len(names):
+        raise SystemExit(f"two drafts have one name: {sorted(names)}; tell names in {SUMMARY}")
     llm = engine(options, None)
     texts, target = all_texts(llm, options), llm.engine.runner.models.target
     del llm
