@@ -4,8 +4,10 @@
 
 ``round.json`` (rows of context, batch, draft, round_ms, limit_ms) becomes bars with the limit drawn
 across each; ``smollm2_gpu.json`` (rows of batch, tree, temperature, tokens_per_call, ttit_ms,
-speedup) becomes curves over the batch, one row of panels for each temperature. Needs matplotlib:
-pip install 'aquiline[plots]'.
+speedup) becomes curves over the batch, one row of panels for each temperature;
+``draft_quality.json`` (rows of draft, layers, tokens, objective, task, temperature, chain,
+tokens_per_call) becomes TPC by tokens trained on, by layers and by objective. Needs matplotlib: pip
+install 'aquiline[plots]'.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 ROUND_FIELDS = {"context", "batch", "draft", "round_ms", "limit_ms"}
+QUALITY_FIELDS = {"draft", "layers", "tokens", "objective", "tokens_per_call"}
 CURVES = (("ttit_ms", "ms per output token"), ("speedup", "speed-up over plain"))
 
 
@@ -86,11 +89,72 @@ def plot_curves(result: Mapping[str, Any], out: Path) -> None:
     _save(figure, out)
 
 
+def plot_quality(result: Mapping[str, Any], out: Path) -> None:
+    """TPC against tokens, layers and objective: the largest set of drafts that differ in that one
+    alone. A line for each task, a row of panels for each temperature and chain."""
+    import matplotlib.pyplot as plt
+
+    rows: Sequence[Row] = result["rows"]
+    lines = sorted({(row["temperature"], row["chain"]) for row in rows})
+    figure, panels = plt.subplots(
+        len(lines), 3, figsize=(13, 3.4 * len(lines)), squeeze=False, layout="constrained"
+    )
+    for (temperature, chain), (over_tokens, over_layers, objectives) in zip(
+        lines, panels, strict=True
+    ):
+        ours = [r for r in rows if (r["temperature"], r["chain"]) == (temperature, chain)]
+        tasks = list(dict.fromkeys(row["task"] for row in ours))
+        for field, axes in (("tokens", over_tokens), ("layers", over_layers)):
+            compared = _differ_in(field, ours)
+            for task in tasks:
+                found = sorted(
+                    (r[field], r["tokens_per_call"]) for r in compared if r["task"] == task
+                )
+                if found:
+                    axes.plot(*zip(*found, strict=True), marker="o", label=task)
+        compared = _differ_in("objective", ours)
+        names = list(dict.fromkeys(row["objective"] for row in compared))
+        for number, task in enumerate(tasks):
+            found = [r for r in compared if r["task"] == task]
+            places = [names.index(r["objective"]) + 0.25 * (number - 1) for r in found]
+            objectives.bar(places, [r["tokens_per_call"] for r in found], 0.23, label=task)
+        over_tokens.set_xscale("log")
+        over_tokens.set_xlabel("tokens trained on")
+        over_layers.set_xlabel("draft layers")
+        over_layers.set_xticks(sorted({row["layers"] for row in ours}))
+        objectives.set_xticks(range(len(names)), names, rotation=20)
+        for axes in (over_tokens, over_layers, objectives):
+            axes.set_ylabel("tokens per call")
+            axes.set_title(f"T={temperature:g}, chain {chain}")
+            axes.grid(alpha=0.3)
+    for axes in panels[0]:
+        if axes.has_data():
+            axes.legend()
+    figure.suptitle(_title(result))
+    _save(figure, out)
+
+
+def _differ_in(field: str, rows: Sequence[Row]) -> list[Row]:
+    """The rows with the most values of ``field`` among those that agree in the other two."""
+    others = [name for name in ("layers", "tokens", "objective") if name != field]
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if None not in (row["layers"], row["tokens"], row["objective"]):
+            groups.setdefault(tuple(row[name] for name in others), []).append(row)
+    values = {key: len({row[field] for row in group}) for key, group in groups.items()}
+    best = max(values, key=values.__getitem__, default=None)
+    return [] if best is None else groups[best]
+
+
 def plot(path: Path) -> Path:
     """Plot a result file beside itself, by the fields of its rows."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    out = path.with_suffix(".png")
-    draw = plot_rounds if set(result["rows"][0]) >= ROUND_FIELDS else plot_curves
+    out, fields = path.with_suffix(".png"), set(result["rows"][0])
+    draw = plot_curves
+    if fields >= ROUND_FIELDS:
+        draw = plot_rounds
+    elif fields >= QUALITY_FIELDS:
+        draw = plot_quality
     draw(result, out)
     return out
 

@@ -66,7 +66,20 @@ CURVES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [ROUNDS, CURVES])
+QUALITY = [
+    {
+        "draft": f"d{number}", "layers": layers, "tokens": tokens, "objective": objective,
+        "task": task, "temperature": t, "chain": 3, "tokens_per_call": 2.0 + number / 10,
+    }
+    for number, (layers, tokens, objective) in enumerate(
+        [(3, 10**6, "eagle"), (3, 10**7, "eagle"), (1, 10**7, "eagle"), (3, 10**7, "kl"),
+         (3, None, None)]
+    )
+    for task in ("mt-bench", "gsm8k") for t in (0.0, 1.0)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [ROUNDS, CURVES, QUALITY, QUALITY[-2:]])
 def test_a_result_is_drawn_beside_itself(rows, tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")
@@ -75,3 +88,12 @@ def test_a_result_is_drawn_beside_itself(rows, tmp_path):
     out = plots.plot(file)
     assert out == tmp_path / "result.png"
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("field", "drafts"),
+    [("tokens", ["d0", "d1"]), ("layers", ["d1", "d2"]), ("objective", ["d1", "d3"])],
+)
+def test_a_curve_compares_drafts_that_differ_in_one_thing(field, drafts):
+    rows = plots._differ_in(field, QUALITY)
+    assert sorted({row["draft"] for row in rows}) == drafts
