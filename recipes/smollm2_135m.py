@@ -23,7 +23,7 @@ def recipe() -> TrainConfig:
         tokens=110_000_000,
         learning_rate=1e-3,
         warmup_tokens=2_000_000,
-        decay_fraction=0.3,
+        decay_tokens=33_000_000,
         weight_decay=0.1,
         objective="eagle",
         eval_every=1000,

@@ -1,14 +1,14 @@
-"""``aquiline train``: train a draft from a recipe or from options."""
+"""``aquiline train``: train a draft from a recipe or options; alone, or as a rank of torchrun."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -20,21 +20,32 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from aquiline.core.errors import AquilineError
+from aquiline.cli.dry_run import Rent, print_budget
+from aquiline.cli.recipe import Recipe, configure, target_shape
+from aquiline.core.errors import AquilineError, DataError
 from aquiline.engine.loader import choose_device, choose_dtype
 from aquiline.models.checkpoint import open_checkpoint
 from aquiline.models.llama import load_llama
 from aquiline.models.registry import resolve
 from aquiline.text.tokenizer import Tokenizer, load_tokenizer
-from aquiline.training import trainer as training
+from aquiline.training.acceptance import Acceptance
+from aquiline.training.budget import CARDS
+from aquiline.training.checkpoint import tokens_done
 from aquiline.training.config import TrainConfig
 from aquiline.training.conversations import read_conversations
 from aquiline.training.corpus import Corpus, build_corpus, tokenizer_fingerprint
 from aquiline.training.packing import Packer
+from aquiline.training.parallel import World, join
+from aquiline.training.progress import Progress as Reading
+from aquiline.training.report import Report
+from aquiline.training.teacher import LlamaTeacher, Teacher
+from aquiline.training.trainer import Trainer
 
 
 def train(
-    out: Annotated[Path, typer.Option(help="Folder of the run: checkpoint, log, draft.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the run: checkpoints, log, draft.")
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="A Python file whose recipe() returns a TrainConfig.")
     ] = None,
@@ -43,123 +54,172 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any field of TrainConfig, as name=value.")
     ] = None,
+    origin: Annotated[
+        Path | None,
+        typer.Option("--from", help="Start from another run's step-N folder, or from its masters."),
+    ] = None,
+    masters: Annotated[
+        bool, typer.Option("--masters", help="Leave the fp32 weights in masters.safetensors.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run would take; no weights needed.")
+    ] = False,
+    card: Annotated[str, typer.Option(help=f"For --dry-run: {', '.join(CARDS)}.")] = "H100",
+    gpus: Annotated[int, typer.Option(help="For --dry-run: ranks.", min=1)] = 1,
+    utilisation: Annotated[
+        float, typer.Option(help="For --dry-run: share of the card's peak.", min=0.01, max=1.0)
+    ] = 0.4,
+    price: Annotated[
+        float, typer.Option(help="For --dry-run: dollars an hour and card.", min=0.0)
+    ] = 2.5,
     json_output: Annotated[bool, typer.Option("--json", help="End in one JSON line.")] = False,
 ) -> None:
     """Train a draft by online distillation; run it again to resume."""
-    config = _config(recipe, target, data, set_ or [])
-    device = choose_device(config.device)
-    checkpoint = open_checkpoint(resolve(config.target))
-    tokenizer = load_tokenizer(checkpoint.path)
-    corpus = _corpus(config, out, tokenizer, checkpoint.config.vocab_size)
-    positions = max(config.max_length, corpus.info.max_length) + config.eval_tokens + 64
-    model = load_llama(checkpoint, choose_dtype(dtype, device), device, positions)
-    packer = Packer(corpus, config.tokens_per_batch, config.seed, config.holdout)
-    run = training.Trainer(config, model, tokenizer, packer)
-
+    loaded = None if recipe is None else Recipe.load(recipe)
+    config = configure(loaded, target, data, set_ or [])
+    if origin is not None:
+        config = _branch(config, origin, set_ or [])
     console = Console(stderr=json_output, highlight=False)
+    if dry_run:
+        figures = print_budget(
+            config, target_shape(config, loaded), console, Rent(card, gpus, utilisation, price)
+        )
+        if json_output:
+            print(json.dumps(figures))
+        return
+    if out is None:
+        raise AquilineError("--out: give the folder of the run")
+    world = join(choose_device(config.device))
+    try:
+        run = _trainer(config, world, dtype, out)
+        summary = None
+        if world.rank == 0:
+            summary = _watch(run, out, origin, console)
+        else:
+            run.run(out, lambda _: None, origin)
+        if masters:
+            run.save_masters(out / "masters.safetensors")
+    finally:
+        if world.mesh is not None:
+            dist.destroy_process_group()
+    if summary is not None and json_output:
+        print(json.dumps(summary))
+
+
+def _branch(config: TrainConfig, origin: Path, changes: list[str]) -> TrainConfig:
+    """A run that starts elsewhere and decays ends with its decay, unless told how long it is."""
+    if config.decay_tokens == 0 or any(change.startswith("tokens=") for change in changes):
+        return config
+    return dataclasses.replace(config, tokens=tokens_done(origin) + config.decay_tokens)
+
+
+def _trainer(config: TrainConfig, world: World, dtype: str, out: Path) -> Trainer:
+    path = resolve(config.target)
+    tokenizer = load_tokenizer(path)
+    shape = target_shape(config, None)
+    if world.rank == 0:
+        _corpus(config, out, tokenizer, shape.vocab_size)  # written by one, read by all
+    world.agree(None)
+    corpus = _corpus(config, out, tokenizer, shape.vocab_size)
+    kind = choose_dtype(dtype, world.device)
+    whole = config.shard != "full" or world.mesh is None
+    device = world.device if whole else torch.device("cpu")  # shards go from there to their ranks
+    teacher: Teacher
+    if config.teacher == "transformers":
+        from aquiline.training.transformers_teacher import TransformersTeacher
+
+        teacher = TransformersTeacher.load(path, kind, device)
+    else:
+        positions = max(config.max_length, corpus.info.max_length) + config.eval_tokens + 64
+        teacher = LlamaTeacher(load_llama(open_checkpoint(path), kind, device, positions))
+    packer = Packer(corpus, config.tokens_per_batch, config.seed, config.holdout)
+    return Trainer(config, teacher, tokenizer, packer, world)
+
+
+def _watch(run: Trainer, out: Path, origin: Path | None, console: Console) -> dict[str, Any]:
+    """Run with a bar and a log; what it came to."""
+    config, info = run.config, run.packer.corpus
     console.print(
-        f"{corpus.token_count:,} tokens, {corpus.assistant_token_count:,} of the assistant; "
-        f"draft of {sum(p.numel() for p in run.student.parameters()):,} parameters on {device}"
+        f"{info.token_count:,} tokens, {info.assistant_token_count:,} of the assistant; draft of "
+        f"{sum(p.numel() for p in run.student.parameters()):,} parameters on "
+        f"{run.world.size} x {run.teacher.device}"
     )
-    out.mkdir(parents=True, exist_ok=True)
+    if not isinstance(run.teacher, LlamaTeacher):
+        console.print("the decoder cannot run this teacher: no acceptance, the last draft is kept")
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console) as bar, (out / "log.jsonl").open("a") as log:
-        task = bar.add_task("training", total=config.steps)
+    settings = dataclasses.asdict(config)
+    with Progress(*columns, console=console) as bar, Report(out, settings) as log:
+        task = bar.add_task("training", total=run.schedule.steps)
 
-        def report(progress: training.Progress) -> None:
+        def report(reading: Reading) -> None:
             bar.update(
                 task,
-                completed=progress.step,
-                description=f"loss {progress.loss:.4f} top1 {progress.top1:.3f} "
-                f"{progress.tokens_per_second / 1e3:.1f}k tok/s",
+                completed=reading.step,
+                description=f"loss {reading.loss:.4f} {reading.tokens_per_second / 1e3:.1f}k tok/s",
             )
-            log.write(json.dumps(dataclasses.asdict(progress)) + "\n")
-            if progress.acceptance is not None:
-                log.flush()
-                console.print(_line(progress))
+            figures = dataclasses.asdict(reading)
+            log.write(figures.pop("step"), figures)
+            if reading.acceptance is not None:
+                console.print(_line(reading))
 
-        acceptance = run.run(out, report)
-    summary = {
-        "draft": str(out / "draft"), "tokens": config.steps * config.tokens_per_batch,
-        "tokens_per_call": round(acceptance.tokens_per_call, 4),
-        "accepted_by_depth": [round(share, 4) for share in acceptance.by_depth],
-        "config": dataclasses.asdict(config), "torch": torch.__version__, "device": str(device),
+        finished = run.run(out, report, origin)
+    if finished.stopped:
+        console.print(
+            f"stopped: tokens per call fell in {config.patience} checks running while the loss fell"
+        )
+    best = finished.best
+    if best is not None:
+        console.print(f"draft -> {out / 'draft'}, of step {best[0]}, held-out TPC {best[1]:.3f}")
+    return {
+        "draft": str(out / "draft"),
+        "tokens": run.mark.step * run.batches * config.tokens_per_batch,
+        "best_step": best and best[0], "tokens_per_call": best and round(best[1], 4),
+        "last": finished.acceptance and dataclasses.asdict(finished.acceptance),
+        "stopped_early": finished.stopped, "config": settings, "torch": torch.__version__,
+        "device": str(run.teacher.device), "ranks": run.world.size,
     }  # fmt: skip
-    if json_output:
-        print(json.dumps(summary))
-    else:
-        console.print(f"draft -> {out / 'draft'}, held-out TPC {acceptance.tokens_per_call:.3f}")
 
 
-def _line(progress: training.Progress) -> str:
-    assert progress.acceptance is not None
-    depths = " ".join(f"{share:.3f}" for share in progress.acceptance.by_depth)
+def _line(reading: Reading) -> str:
+    terms = " ".join(f"{name} {values[0]:.4f}" for name, values in reading.terms.items())
+
+    def shown(name: str, found: Acceptance | None) -> str:
+        if found is None:
+            return ""
+        depths = " ".join(f"{share:.3f}" for share in found.by_depth)
+        return f" {name} {found.tokens_per_call:.3f} ({depths})"
+
     return (
-        f"step {progress.step} tokens {progress.tokens / 1e6:.1f}M epoch {progress.epoch:.2f} "
-        f"regression {progress.regression:.4f} ce {progress.cross_entropy:.4f} "
-        f"TPC {progress.acceptance.tokens_per_call:.3f} ({depths})"
+        f"step {reading.step} tokens {reading.tokens / 1e6:.1f}M epoch {reading.epoch:.2f} {terms}"
+        + shown("TPC", reading.acceptance)
+        + shown("tree", reading.tree)
     )
-
-
-def _config(
-    recipe: Path | None, target: str | None, data: str | None, changes: list[str]
-) -> TrainConfig:
-    """The recipe's configuration, or the defaults, with the options on top."""
-    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    values = {} if recipe is None else dataclasses.asdict(_load_recipe(recipe))
-    for name, value in (("target", target), ("data", data)):
-        if value is not None:
-            values[name] = value
-        elif name not in values:
-            raise AquilineError(f"--{name}: give it, or a --recipe")
-    for change in changes:
-        name, separator, text = change.partition("=")
-        if name not in fields or not separator:
-            raise AquilineError(f"--set {change}: give name=value with one of {sorted(fields)}")
-        try:
-            values[name] = json.loads(text)
-        except json.JSONDecodeError:
-            values[name] = text
-    try:
-        return TrainConfig(**values)
-    except TypeError as error:
-        raise AquilineError(f"--set: {error}") from None
-
-
-def _load_recipe(path: Path) -> TrainConfig:
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise AquilineError(f"--recipe {path}: no such Python file; see recipes/")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        config = module.recipe()
-    except Exception as error:  # a recipe is the user's code: any error in it is theirs to see
-        raise AquilineError(f"--recipe {path}: {type(error).__name__}: {error}") from None
-    if not isinstance(config, TrainConfig):
-        raise AquilineError(f"--recipe {path}: recipe() must return a TrainConfig")
-    return config
 
 
 def _corpus(config: TrainConfig, out: Path, tokenizer: Tokenizer, vocab: int) -> Corpus:
     """The corpus that ``data`` names, tokenised into the run's folder if it is JSONL."""
-    source = Path(config.data)
+    source, ours = Path(config.data), tokenizer_fingerprint(tokenizer)
     if source.is_dir():
-        return Corpus.open(source, vocab)
+        corpus = Corpus.open(source, vocab)
+        if corpus.info.tokenizer != ours:
+            raise DataError(
+                f"{source}: tokenised with another tokenizer than {config.target}'s; build it again"
+            )
+        return corpus
     folder = out / "corpus"
     if not folder.exists():
         build_corpus(
             tokenizer, read_conversations(source), folder, config.max_length, source=config.data
         )
     corpus = Corpus.open(folder, vocab)
-    ours = (config.data, config.max_length, tokenizer_fingerprint(tokenizer))
-    if (corpus.info.source, corpus.info.max_length, corpus.info.tokenizer) != ours:
-        raise AquilineError(
-            f"{folder}: tokenised from {corpus.info.source} with max_length="
-            f"{corpus.info.max_length}, or by another tokenizer; choose another --out or delete it"
+    info = corpus.info
+    if (info.source, info.max_length, info.tokenizer) != (config.data, config.max_length, ours):
+        raise DataError(
+            f"{folder}: tokenised from {info.source} with max_length={info.max_length}, or by "
+            "another tokenizer; choose another --out or delete it"
         )
     return corpus

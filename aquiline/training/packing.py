@@ -75,7 +75,14 @@ class Packer:
 
     def batch(self, step: int, rank: int = 0, world: int = 1) -> PackedBatch:
         """The batch of one rank at one step; the ranks of a step read different packs."""
-        number = step * world + rank
+        return self._assemble(*self._find(step * world + rank))
+
+    def documents(self, number: int) -> list[int]:
+        """Indices in the corpus of the documents of one batch of a single rank."""
+        return self._find(number)[0]
+
+    def _find(self, number: int) -> tuple[list[int], float]:
+        """The pack of a batch, and the epochs read before it."""
         epoch = 0
         while number >= self._epoch_end(epoch):
             epoch += 1
@@ -83,7 +90,7 @@ class Packer:
             self._plan = (epoch, self._pack(epoch))
         packs = self._plan[1]
         index = number - (self._ends[epoch] - len(packs))
-        return self._assemble(packs[index], epoch + index / len(packs))
+        return packs[index], epoch + index / len(packs)
 
     def held_out(self) -> list[int]:
         """Indices in the corpus of the documents that no batch contains."""

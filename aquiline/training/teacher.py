@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from aquiline.attention.packed import PackedAttention
 from aquiline.models.config import LlamaConfig
@@ -48,12 +48,26 @@ class Teacher(Protocol):
         """The LM head, [V, d]."""
         ...
 
+    @property
+    def model(self) -> nn.Module:
+        """What runs, for sharding."""
+        ...
+
+    @property
+    def layers(self) -> Iterable[nn.Module]:
+        """The decoder layers of ``model``."""
+        ...
+
     def __call__(self, batch: PackedBatch, taps: Sequence[int]) -> TeacherOutput:
         """One forward pass, outside autograd; ``taps`` are ascending layers."""
         ...
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids [...] -> [..., d]."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Move what is not sharded."""
         ...
 
     def logits(self, features: Tensor) -> Tensor:
@@ -83,6 +97,14 @@ class LlamaTeacher(Teacher):
     def head_weight(self) -> Tensor:
         return self.target.head_weight
 
+    @property
+    def model(self) -> Llama:
+        return self.target
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.target.layers
+
     @torch.no_grad()
     def __call__(self, batch: PackedBatch, taps: Sequence[int]) -> TeacherOutput:
         attention = PackedAttention(batch.cu_seqlens, batch.max_seqlen)
@@ -92,3 +114,6 @@ class LlamaTeacher(Teacher):
     @torch.no_grad()
     def embed(self, tokens: Tensor) -> Tensor:
         return self.target.embed(tokens)
+
+    def to(self, device: torch.device) -> None:
+        self.target.to(device)

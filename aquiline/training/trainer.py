@@ -1,172 +1,235 @@
 """The trainer: online distillation of a draft against the live, frozen target.
 
-Every step the target runs over a packed batch and supplies its features; the draft learns to
-predict the next feature from [embedding of the next token ; this feature], scored where the
-predicted token is the assistant's. Nothing is dumped to disk. Data order and noise are functions
-of the step, so a resumed run is the run that was never stopped.
+Every optimiser step each rank runs the target over its packed batches and the draft learns from
+what it says (student.py); nothing is dumped to disk. Data order and noise are functions of the
+batch's number, so a resumed run is the run that was never stopped, and the ranks of a step can be
+traded for batches in turn.
 
-    i:            0     1     2      ...       inputs of the draft at i:  embed(t_{i+1}), h_i
-    predicts:    h_1   h_2   h_3     ...       and through the head the law of t_{i+2}
+The host never waits for the device between two readings of the loss. What must not be missed in
+between, the first step whose gradient is not finite, is kept on the device.
 """
 
 from __future__ import annotations
 
-import math
-import time
+import itertools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed._composable.checkpoint_activation import checkpoint as recompute
 
 from aquiline.core.errors import AquilineError
 from aquiline.decoding.models import DecoderModels, Drafter
-from aquiline.models.llama import Llama
+from aquiline.layers.decoder import DecoderLayer
+from aquiline.layers.eagle3 import Eagle3Layer
+from aquiline.layers.mlp import MLP
 from aquiline.speculation.tree import TreeShape
 from aquiline.text.tokenizer import Tokenizer
 from aquiline.training.acceptance import Acceptance, measure_acceptance
-from aquiline.training.checkpoint import TrainingState, load_state, save_state
+from aquiline.training.checkpoint import Checkpoints, Mark, save_masters, start_from
 from aquiline.training.config import TrainConfig
+from aquiline.training.feed import Fed, Feed
 from aquiline.training.objectives import Loss
 from aquiline.training.optimizer import MasterAdamW
-from aquiline.training.packing import PackedBatch, Packer
-from aquiline.training.student import Student, scored_positions
-from aquiline.training.teacher import LlamaTeacher
+from aquiline.training.packing import Packer
+from aquiline.training.parallel import World, gathered
+from aquiline.training.progress import Progress, Window
+from aquiline.training.schedule import Schedule
+from aquiline.training.student import Student
+from aquiline.training.teacher import LlamaTeacher, Teacher
+
+CHAIN = TreeShape.chain(3)
 
 
 @dataclass(frozen=True)
-class Progress:
-    """One step, as the progress bar and the log see it."""
+class Finished:
+    """How a run ended: its best check (None if none was made), and whether it stopped early."""
 
-    step: int
-    tokens: int
-    epoch: float
-    learning_rate: float
-    loss: float
-    regression: float
-    cross_entropy: float
-    top1: float
-    tokens_per_second: float
+    best: tuple[int, float] | None
     acceptance: Acceptance | None
-
-
-LOG_EVERY = 10  # steps between readings of the loss; reading it waits for the device
-Report = Callable[[Progress], None]
+    stopped: bool
 
 
 class Trainer:
-    """One run. ``target`` is frozen; ``packer`` supplies batches by step number."""
+    """One run. ``teacher`` is frozen; ``packer`` supplies batches by number."""
 
     def __init__(
-        self, config: TrainConfig, target: Llama, tokenizer: Tokenizer, packer: Packer
+        self,
+        config: TrainConfig,
+        teacher: Teacher,
+        tokenizer: Tokenizer,
+        packer: Packer,
+        world: World | None = None,
     ) -> None:
-        self.config, self.target, self.tokenizer, self.packer = config, target, tokenizer, packer
-        self.teacher = LlamaTeacher(target)
+        self.config, self.teacher, self.tokenizer, self.packer = config, teacher, tokenizer, packer
+        self.world = world = world or World(device=teacher.device)
+        if config.shard == "full" and world.mesh is not None:
+            world.shard(teacher.model, teacher.layers, rest=False)
+            teacher.to(world.device)  # a teacher too large for one device comes on the host
+        self.prompts = self._prompts()
         self.token_ids: Tensor | None = None
         if config.draft_vocab_size is not None:
-            counts = torch.from_numpy(packer.corpus.token_counts(target.config.vocab_size))
+            counts = torch.from_numpy(packer.corpus.token_counts(teacher.config.vocab_size))
             self.token_ids = frequent_tokens(counts, config.draft_vocab_size)
         own = self.token_ids if config.method == "eagle3" else None
-        self.student = Student(config, self.teacher, own)
-        self.optimizer = MasterAdamW(self.student, config.weight_decay, config.gradient_clip)
-        self.prompts = packer.held_out_prompts(
+        self.student = Student(config, teacher, own)
+        modules = list(self.student.modules())
+        if config.recompute:
+            for module in modules:
+                if isinstance(module, MLP):
+                    recompute(module, preserve_rng_state=False)
+        if config.shard != "none":
+            layers = [one for one in modules if isinstance(one, DecoderLayer | Eagle3Layer)]
+            world.shard(self.student, layers, rest=True)
+        self.optimizer = MasterAdamW(self.student, config.weight_decay, config.gradient_clip, world)
+        self.batches = config.accumulate * world.size
+        self.schedule = Schedule.of(config, self.batches)
+        self.mark = Mark(batches=self.batches)
+
+    def run(
+        self, out: Path, report: Callable[[Progress], None], origin: Path | None = None
+    ) -> Finished:
+        """Train to the end, and leave the draft of the best check in ``out/draft``.
+
+        Goes on from the newest checkpoint in ``out`` if there is one, else from ``origin``, a
+        step folder or masters of another run. Raises AquilineError on a loss or gradient that is
+        not finite; the last checkpoint stays whole.
+        """
+        config, device = self.config, self.teacher.device
+        with (
+            Checkpoints(out, config, self.world) as saved,
+            Feed(self.packer, self.world, config.accumulate, device) as feed,
+        ):
+            self._resume(saved, origin)
+            acceptance, losses = None, list[float]()  # losses since the last check
+            stopped = self._overtrained()
+            window = Window(self.world, feed, self.mark.step)
+            while self.mark.step < self.schedule.steps and not stopped:
+                rate = self.schedule.rate(self.mark.step, self.mark.restarted)
+                epoch = self._update(feed, window, rate)
+                step = self.mark.step
+                due = step % config.eval_every == 0 or step == self.schedule.steps
+                if not due and step % config.log_every:
+                    continue
+                progress = window.read(config, step, epoch, rate)
+                losses.append(progress.loss)
+                if due:
+                    progress = self._check(out, saved, progress, sum(losses) / len(losses))
+                    acceptance, losses = progress.acceptance, []
+                    stopped = self._overtrained()
+                report(progress)
+                window = Window(self.world, feed, step)
+        return Finished(self.mark.best, acceptance, stopped)
+
+    def _resume(self, saved: Checkpoints, origin: Path | None) -> None:
+        state = self.optimizer.state() | self._vocabulary()
+        mark = saved.resume(state, self.batches)
+        if mark is None and origin is not None:
+            mark = start_from(origin, state, self.config, self.batches, self.world)
+        if mark is not None:
+            self.mark = mark
+            self.optimizer.restored()
+
+    def _update(self, feed: Feed, window: Window, rate: float) -> float:
+        """One optimiser step; the epoch of its first batch."""
+        batches, count = feed.take(self.mark.step)
+        for fed in batches:
+            loss = self.loss(fed, count)
+            loss.total.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.accumulate()
+            window.add(loss.total.detach(), loss.terms)
+        norm = self.optimizer.step(rate)
+        window.end_step(norm, self.mark.step)
+        self.mark = replace(self.mark, step=self.mark.step + 1)
+        return batches[0].batch.epoch
+
+    def loss(self, fed: Fed, count: Tensor) -> Loss:
+        """One batch's share of a step that scores ``count`` positions in all."""
+        torch.manual_seed((self.config.seed << 32) + fed.number)  # of the noise
+        known = self.teacher(fed.batch, self.student.draft.taps)
+        loss: Loss = self.student(fed.batch, known, count, fed.scored)
+        return loss
+
+    def _check(self, out: Path, saved: Checkpoints, progress: Progress, loss: float) -> Progress:
+        """Measure, export if it is the best so far, save."""
+        acceptance, tree = self.measure()
+        if acceptance is not None:
+            found = acceptance.tokens_per_call
+            checks = (*self.mark.checks, (found, loss))[-(self.config.patience or 0) - 1 :]
+            self.mark = replace(self.mark, checks=checks)
+            if self.mark.best is None or found >= self.mark.best[1]:
+                self.mark = replace(self.mark, best=(progress.step, found))
+        if self.mark.best is None or self.mark.best[0] == progress.step:
+            self.export(out)
+        copies = self.optimizer.copies()
+        copies.tensors |= {name: ids.cpu() for name, ids in self._vocabulary().items()}
+        saved.save(copies, self.mark)
+        return replace(progress, acceptance=acceptance, tree=tree)
+
+    def _overtrained(self) -> bool:
+        """Tokens per call fell in each of the last ``patience`` checks, and so did the loss."""
+        checks, patience = self.mark.checks, self.config.patience
+        if patience is None or len(checks) <= patience:
+            return False
+        fell = all(after[0] < before[0] for before, after in itertools.pairwise(checks))
+        return fell and checks[-1][1] < checks[0][1]
+
+    @torch.no_grad()
+    def measure(self) -> tuple[Acceptance | None, Acceptance | None]:
+        """Greedy, on held-out prompts, with the real decoder: the chain of 3, and ``eval_tree``.
+
+        Every rank decodes every prompt, in step with the others since layers may be sharded.
+        None for a teacher that the decoder cannot run.
+        """
+        if not isinstance(self.teacher, LlamaTeacher):
+            return None, None
+        shapes = [CHAIN]
+        if self.config.eval_tree is not None:
+            shapes.append(TreeShape.named(self.config.eval_tree))
+        with gathered(self.student):
+            drafter = Drafter(self.student.draft, self.student.head)
+            models = DecoderModels(self.teacher.target, drafter)
+            ends = frozenset(self.tokenizer.eos_token_ids)
+            found = [
+                measure_acceptance(models, self.prompts, shape, self.config.eval_tokens, ends)
+                for shape in shapes
+            ]
+        chain, *tree = self.world.agree(found)
+        return chain, tree[0] if tree else None
+
+    def export(self, out: Path) -> None:
+        """Write the draft as ``out/draft``: the public layout, embedding included."""
+        partial = out / "draft.partial"
+        with gathered(self.student):
+            if self.world.rank == 0:
+                self.student.export(partial, self.token_ids)
+                shutil.rmtree(out / "draft", ignore_errors=True)
+                partial.rename(out / "draft")
+
+    def _vocabulary(self) -> dict[str, Tensor]:
+        """Goes with every checkpoint: rows of an EAGLE-3 head stay with their token ids."""
+        ids = self.student.head.token_ids
+        return {} if ids is None else {"token_ids": ids}
+
+    def save_masters(self, path: Path) -> None:
+        """Write the fp32 weights alone, from which another run can start."""
+        weights = self.optimizer.weights() | self._vocabulary()
+        save_masters(path, weights, self.config, self.mark, self.world)
+
+    def _prompts(self) -> list[list[int]]:
+        config = self.config
+        prompts = self.packer.held_out_prompts(
             config.eval_prompts, config.max_length - config.eval_tokens
         )
-        if not self.prompts:
+        if not prompts and isinstance(self.teacher, LlamaTeacher):
             raise AquilineError(
                 f"eval_tokens={config.eval_tokens}: no held-out prompt fits beside it in "
                 f"max_length={config.max_length}; lower it or raise holdout={config.holdout}"
             )
-        self.step = 0
-
-    def run(self, out: Path, report: Report) -> Acceptance:
-        """Train to the end, resuming from ``out`` if it holds a checkpoint; export the draft.
-
-        Raises AquilineError on a loss that is not finite; the last checkpoint stays whole.
-        """
-        state = load_state(out, self.config)
-        if state is not None:
-            self.optimizer.restore(state.tensors)
-            self.step = state.step
-        acceptance: Acceptance | None = None
-        logged, started = self.step, time.perf_counter()
-        worst = torch.zeros((), device=self.target.embed_tokens.weight.device)
-        while self.step < self.config.steps:
-            rate = self.config.learning_rate_at(self.step)
-            batch = self.packer.batch(self.step)
-            loss, norm = self._update(batch, rate)
-            self.step += 1
-            worst = torch.maximum(worst, norm)
-            due = self.step % self.config.eval_every == 0 or self.step == self.config.steps
-            if not due and self.step % LOG_EVERY:
-                continue
-            values = self._finite(loss, worst)
-            elapsed = time.perf_counter() - started
-            speed = (self.step - logged) * self.config.tokens_per_batch / elapsed
-            if due:
-                acceptance = self.measure()
-                save_state(out, self.config, TrainingState(self.step, self.optimizer.state()))
-            tokens = self.step * self.config.tokens_per_batch
-            shown = acceptance if due else None
-            report(Progress(self.step, tokens, batch.epoch, rate, *values, speed, shown))
-            logged, started = self.step, time.perf_counter()
-        acceptance = acceptance or self.measure()
-        self.export(out)
-        return acceptance
-
-    def _update(self, batch: PackedBatch, rate: float) -> tuple[Loss, Tensor]:
-        """One optimiser step: the loss before it and the gradient's norm."""
-        loss = self.loss(batch)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        return loss, self.optimizer.step(rate)
-
-    def _finite(self, loss: Loss, norm: Tensor) -> tuple[float, float, float, float]:
-        """total, regression, cross_entropy and top1 on the host.
-
-        ``norm`` is the largest gradient norm since the last check: a loss may be finite and its
-        gradient not.
-        """
-        total = float(loss.total.detach())
-        names = ("regression", "cross_entropy", "top1")
-        others = [float(loss.terms[name][0]) if name in loss.terms else 0.0 for name in names]
-        for name, value in (("loss", total), ("gradient norm", float(norm))):
-            if not math.isfinite(value):
-                raise AquilineError(
-                    f"{name} is {value} at step {self.step}, batch {self.step - 1} or one of "
-                    f"the {LOG_EVERY} before it; the last checkpoint is whole, lower "
-                    "learning_rate and resume"
-                )
-        return total, others[0], others[1], others[2]
-
-    def loss(self, batch: PackedBatch) -> Loss:
-        """The objective on one packed batch."""
-        index = scored_positions(batch)
-        if len(index) == 0:
-            raise AquilineError(f"batch {self.step}: no assistant token in it; check the data")
-        device = self.teacher.device
-        batch = replace(
-            batch, tokens=batch.tokens.to(device), positions=batch.positions.to(device),
-            cu_seqlens=batch.cu_seqlens.to(device), loss_mask=batch.loss_mask.to(device),
-        )  # fmt: skip
-        torch.manual_seed(self.step)  # of the noise
-        known = self.teacher(batch, self.student.draft.taps)
-        count = torch.tensor(len(index), device=device)
-        loss: Loss = self.student(batch, known, count, index.to(device))
-        return loss
-
-    @torch.no_grad()
-    def measure(self) -> Acceptance:
-        """TPC of a chain of 3 on held-out prompts, greedy, with the real decoder."""
-        models = DecoderModels(self.target, Drafter(self.student.draft, self.student.head))
-        return measure_acceptance(
-            models, self.prompts, TreeShape.chain(3), self.config.eval_tokens,
-            frozenset(self.tokenizer.eos_token_ids),
-        )  # fmt: skip
-
-    def export(self, out: Path) -> None:
-        """Write the draft as ``out/draft``: the public layout, embedding included."""
-        self.student.export(out / "draft", self.token_ids)
+        return prompts
 
 
 def frequent_tokens(counts: Tensor, size: int) -> Tensor:

@@ -320,6 +320,65 @@ def test_train_writes_a_draft_that_generate_loads(
     assert other.code == 2
     assert "learning_rate" in other.err
 
+    nothing = aquiline(*train, "--out", tmp_path / "nothing", "--from", out / "step-6")
+    assert nothing.code == 2
+    assert "tokens=1152" in nothing.err
+    at = train.index("tokens=1152")
+    del train[at - 1 : at + 1]
+    branch = aquiline(  # cools down from where the trunk stood after six steps
+        *train, "--out", tmp_path / "branch", "--from", out / "step-6", "--masters",
+        "--set", "decay_tokens=960",
+    )  # fmt: skip
+    assert branch.code == 0, branch.err
+    assert json.loads(branch.out)["tokens"] == 6 * 192 + 960
+    masters = tmp_path / "branch/masters.safetensors"
+    more = aquiline(
+        *train, "--out", tmp_path / "more", "--from", masters, "--set", "decay_tokens=192"
+    )
+    assert json.loads(more.out)["tokens"] == 6 * 192 + 960 + 192
+
+
+def test_corpus_of_another_tokenizer_is_refused(
+    aquiline: Command, root: Path, tmp_path: Path
+) -> None:
+    """The vocabulary is as large, so only the fingerprint tells."""
+    train = ["train", "--target", root / "target", "--out", tmp_path, "--dtype", "float32", *SMALL]
+    assert aquiline(*train, "--data", root / "data.jsonl").code == 0
+    about = json.loads((tmp_path / "corpus/meta.json").read_text())
+    (tmp_path / "corpus/meta.json").write_text(json.dumps({**about, "tokenizer": "0" * 64}))
+    result = aquiline(*train, "--data", tmp_path / "corpus", "--out", tmp_path / "other")
+    assert result.code == 2
+    assert "another tokenizer" in result.err
+    assert result.err.count("\n") == 1
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize("name", [path.name for path in RECIPES.glob("*.py")])
+def test_dry_run_of_a_recipe_needs_no_weights(
+    name: str, aquiline: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = aquiline("train", "--recipe", RECIPES / name, "--dry-run", "--gpus", 8, "--json")
+    assert result.code == 0, result.err
+    figures = json.loads(result.out)
+    assert figures["fits"]
+    assert figures["cost"] == pytest.approx(figures["hours"] * 8 * 2.5)
+    for word in ("parameters", "tokens", "FLOPs/token", "GB per rank", "H100", "cost"):
+        assert word in result.err
+
+
+def test_dry_run_reads_only_the_targets_config(
+    aquiline: Command, root: Path, tmp_path: Path
+) -> None:
+    shutil.copy(root / "target/config.json", tmp_path)
+    run = ["train", "--target", tmp_path, "--data", "none.jsonl", "--dry-run", "--json"]
+    assert json.loads(aquiline(*run).out)["teacher"] > 0
+    wrong = aquiline(*run, "--card", "abacus")
+    assert wrong.code == 2
+    assert "abacus" in wrong.err
+
 
 def test_tune_writes_a_table_that_a_dispatcher_is_made_of(
     aquiline: Command, root: Path, tmp_path: Path

@@ -1,38 +1,35 @@
-"""The trainer: it learns, it resumes bit for bit, it scores what it should, it stops in time."""
+"""The trainer: it learns, it stops in time, it keeps the best draft, it measures acceptance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aquiline.core.errors import AquilineError, CheckpointError
+from aquiline.core.errors import AquilineError, DataError
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.models import DecoderModels, Drafter
 from aquiline.engine.llm import LLM
 from aquiline.models.checkpoint import open_checkpoint
 from aquiline.models.draft import DraftHead
 from aquiline.models.draft_checkpoint import load_draft
-from aquiline.models.llama import Llama, load_llama
+from aquiline.models.llama import load_llama
 from aquiline.speculation.tree import TreeShape
-from aquiline.text.tokenizer import Tokenizer, load_tokenizer
-from aquiline.training.acceptance import measure_acceptance
+from aquiline.training.acceptance import Acceptance, measure_acceptance
 from aquiline.training.config import TrainConfig
-from aquiline.training.corpus import Corpus, build_corpus
+from aquiline.training.feed import Fed, Feed
 from aquiline.training.objectives import Loss
 from aquiline.training.packing import Packer
-from aquiline.training.trainer import Progress, Trainer, frequent_tokens
+from aquiline.training.parallel import World
+from aquiline.training.progress import Progress
+from aquiline.training.teacher import LlamaTeacher
+from aquiline.training.trainer import Trainer, frequent_tokens
 from tests.tiny_checkpoint import CYCLE, IM_END, make_draft, token, write_draft, write_target
-
-CPU = torch.device("cpu")
-BATCH, LENGTH = 256, 128
+from tests.training.tiny_run import BATCH, CPU, LENGTH, Setting, assert_same, ignore, weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,100 +37,51 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-class Setting:
-    """A tiny target that recites the alphabet, more or less, and conversations about it."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.folder = write_target(root / "target", mix=0.15)
-        self.tokenizer: Tokenizer = load_tokenizer(self.folder)
-        letters = "abcdefghijklmnopqrstuvwxyz"
-        conversations = [
-            [
-                {"role": "user", "content": f"go {i}"},
-                {"role": "assistant", "content": (letters * 2)[i % 26 :][: 5 + i % 20]},
-                {"role": "user", "content": "?"},
-                {"role": "assistant", "content": letters[i % 7 :][: i % 9]},
-            ]
-            for i in range(60)
-        ]
-        build_corpus(self.tokenizer, conversations, root / "corpus", LENGTH)
-        self.corpus = Corpus.open(root / "corpus")
-        self.config = TrainConfig(
-            str(self.folder), str(root / "corpus"), layers=1, max_length=LENGTH,
-            tokens_per_batch=BATCH, tokens=20 * BATCH, learning_rate=3e-3, warmup_tokens=2 * BATCH,
-            holdout=6, eval_every=5, eval_prompts=3, eval_tokens=8, seed=3, device="cpu",
-        )  # fmt: skip
-
-    def target(self, dtype: torch.dtype = torch.float32) -> Llama:
-        return load_llama(open_checkpoint(self.folder), dtype, CPU, 400)
-
-    def trainer(self, dtype: torch.dtype = torch.float32, **changes: Any) -> Trainer:
-        config = replace(self.config, **changes)
-        packer = Packer(self.corpus, config.tokens_per_batch, config.seed, config.holdout)
-        return Trainer(config, self.target(dtype), self.tokenizer, packer)
-
-
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     return Setting(tmp_path_factory.mktemp("trainer"))
 
 
-def ignore(progress: Progress) -> None:
-    """A report nobody reads."""
-
-
-class Stopped(Exception):
-    """The power cut of these tests."""
-
-
-def stop_at(step: int) -> Callable[[Progress], None]:
-    def report(progress: Progress) -> None:
-        if progress.step == step:
-            raise Stopped
-
-    return report
-
-
-def weights(run: Trainer) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in run.student.draft.state_dict().items()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].equal(b[name]), name
-
-
 # --------------------------------------------------------------------------------------- running
 
 
-def test_a_short_run_lowers_the_loss_and_exports_a_draft(setting: Setting, tmp_path: Path) -> None:
-    run, seen = setting.trainer(learning_rate=1e-2), []
-    batches = [run.packer.batch(step) for step in range(4)]
-
-    def losses_now() -> tuple[float, float]:
-        with torch.no_grad():
-            found = [run.loss(batch) for batch in batches]
-        return (
-            sum(float(loss.terms["regression"]) for loss in found),
-            sum(float(loss.terms["cross_entropy"]) for loss in found),
-        )
-
-    before = losses_now()
-    acceptance = run.run(tmp_path, seen.append)
-    after = losses_now()
-    assert after[0] < 0.8 * before[0]
-    assert after[1] < 0.9 * before[1]
+def test_a_short_run_lowers_the_loss_and_exports_its_best_draft(
+    setting: Setting, tmp_path: Path
+) -> None:
+    seen: list[Progress] = []
+    run = setting.trainer(learning_rate=1e-2, eval_tree="tree-8")
+    finished = run.run(tmp_path, seen.append)
+    assert seen[-1].loss < 0.8 * seen[0].loss
+    assert seen[-1].terms["cross_entropy"][0] < 0.9 * seen[0].terms["cross_entropy"][0]
     assert [progress.step for progress in seen] == [5, 10, 15, 20]
-    assert all(progress.acceptance is not None for progress in seen)
-    assert seen[-1].acceptance == acceptance
     assert seen[-1].tokens == 20 * BATCH
-    assert 1.0 <= acceptance.tokens_per_call <= 4.0
-    loaded = load_draft(tmp_path / "draft", run.target, 200).draft
+    chains = [one.acceptance for one in seen]
+    trees = [one.tree for one in seen]
+    for chain, tree in zip(chains, trees, strict=True):
+        assert chain is not None
+        assert tree is not None
+        assert 1 <= chain.tokens_per_call <= tree.tokens_per_call + 0.5
+    assert finished.acceptance == chains[-1]
+    scores = {one.step: one.acceptance.tokens_per_call for one in seen if one.acceptance}
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert finished.best == (best, scores[best])
+    target = setting.target()
+    exported = load_draft(tmp_path / "draft", target, 200).draft.state_dict()
+    assert exported.keys() >= {"fc.weight"}
+    assert {path.name for path in tmp_path.glob("step-*")} == {
+        "step-15", "step-20", f"step-{best}",
+    }  # fmt: skip
+
+
+def test_the_draft_of_the_last_step_is_exported_if_it_is_best(
+    setting: Setting, tmp_path: Path
+) -> None:
+    run = setting.trainer(tokens=5 * BATCH)
+    run.run(tmp_path, ignore)
+    loaded = load_draft(tmp_path / "draft", setting.target(), 200).draft.state_dict()
     for name, tensor in weights(run).items():
         if not name.startswith("rotary"):
-            assert loaded.state_dict()[name].equal(tensor.bfloat16().float()), name
+            assert loaded[name].equal(tensor.bfloat16().float()), name
 
 
 def test_eagle3_runs_export_and_unrolling_pays(setting: Setting, tmp_path: Path) -> None:
@@ -148,11 +96,14 @@ def test_eagle3_runs_export_and_unrolling_pays(setting: Setting, tmp_path: Path)
     for unroll in (1, 3):
         config = replace(
             setting.config, method="eagle3", objective="lk", unroll=unroll, draft_vocab_size=30,
-            learning_rate=1e-2, tokens=60 * BATCH, eval_every=60, eval_prompts=6, eval_tokens=24,
+            learning_rate=1e-2, tokens=60 * BATCH, decay_tokens=18 * BATCH, eval_every=60,
+            eval_prompts=6, eval_tokens=24,
         )  # fmt: skip
         packer = Packer(setting.corpus, BATCH, config.seed, config.holdout)
         out = tmp_path / str(unroll)
-        acceptance = Trainer(config, target, setting.tokenizer, packer).run(out, ignore)
+        run = Trainer(config, LlamaTeacher(target), setting.tokenizer, packer)
+        acceptance = run.run(out, ignore).acceptance
+        assert acceptance is not None
         found.append(acceptance.by_depth)
         loaded = load_draft(out / "draft", target, 400, "eagle3")
         models = DecoderModels(target, Drafter(loaded.draft, loaded.head))
@@ -172,171 +123,156 @@ def test_two_runs_of_one_configuration_are_equal(setting: Setting, tmp_path: Pat
     assert_same(weights(runs[0]), weights(runs[1]))
     other = setting.trainer(tokens=6 * BATCH, feature_noise=0.2, seed=4)
     other.run(tmp_path / "other", ignore)
-    assert not other.student.draft.fc.weight.equal(runs[0].student.draft.fc.weight)
+    assert not weights(other)["fc.weight"].equal(weights(runs[0])["fc.weight"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stop", [5, 10])
-def test_resumed_run_is_the_run_that_never_stopped(
-    stop: int, dtype: torch.dtype, setting: Setting, tmp_path: Path
-) -> None:
-    whole = setting.trainer(dtype, feature_noise=0.2, tokens=12 * BATCH)
-    expected = whole.run(tmp_path / "whole", ignore)
-    cut = setting.trainer(dtype, feature_noise=0.2, tokens=12 * BATCH)
-    with pytest.raises(Stopped):
-        cut.run(tmp_path / "cut", stop_at(stop))
-    torch.manual_seed(99)  # nothing may hang on the global state
-    resumed = setting.trainer(dtype, feature_noise=0.2, tokens=12 * BATCH)
-    steps: list[int] = []
-    acceptance = resumed.run(tmp_path / "cut", lambda progress: steps.append(progress.step))
-    assert steps[0] > stop
-    assert acceptance == expected
-    assert_same(weights(resumed), weights(whole))
-    assert_same(resumed.optimizer.state(), whole.optimizer.state())
-    drafts = [
-        (tmp_path / name / "draft/model.safetensors").read_bytes() for name in ("whole", "cut")
-    ]
-    assert drafts[0] == drafts[1]
+def test_accumulated_batches_are_one_step(setting: Setting, tmp_path: Path) -> None:
+    """The gradient of two batches in turn is that of both: sums over one count."""
+    run = setting.trainer(accumulate=2)
+    with Feed(run.packer, World(), 2, CPU) as feed:
+        batches, count = feed.take(0)
+        assert int(count) == sum(len(fed.scored) for fed in batches)
+        for fed in batches:
+            run.loss(fed, count).total.backward()  # type: ignore[no-untyped-call]
+            run.optimizer.accumulate()
+        both = run.optimizer.gradient.clone()
+        run.optimizer.gradient.zero_()
+        sum(run.loss(fed, count).total for fed in batches).backward()  # type: ignore[union-attr]
+        run.optimizer.accumulate()
+    torch.testing.assert_close(run.optimizer.gradient, both)
+    assert both.abs().sum() > 0
 
 
-def test_finished_run_is_not_trained_further(setting: Setting, tmp_path: Path) -> None:
-    first = setting.trainer(tokens=5 * BATCH)
-    first.run(tmp_path, ignore)
-    again = setting.trainer(tokens=5 * BATCH)
-    again.run(tmp_path, ignore)
-    assert_same(weights(again), weights(first))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"learning_rate": 1e-4}, {"layers": 2}, {"seed": 9}, {"feature_noise": 0.1},
-        {"data": "elsewhere"}, {"intermediate_size": 16}, {"holdout": 7},
-    ],
-)  # fmt: skip
-def test_checkpoint_of_another_configuration_is_refused(
-    change: dict[str, Any], setting: Setting, tmp_path: Path
-) -> None:
-    with pytest.raises(Stopped):
-        setting.trainer().run(tmp_path, stop_at(5))
-    with pytest.raises(CheckpointError, match=f"written with {next(iter(change))}="):
-        setting.trainer(**change).run(tmp_path, ignore)
-
-
-def test_damaged_checkpoint_is_refused(setting: Setting, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        setting.trainer().run(tmp_path, stop_at(5))
-    path = tmp_path / "training.safetensors"
-    whole = path.read_bytes()
-    for damaged in (whole[:-64], whole[:100], b"", b"{}" + whole[2:]):
-        path.write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"training\.safetensors.*damaged") as caught:
-            setting.trainer().run(tmp_path, ignore)
-        assert "\n" not in str(caught.value)
-
-
-def test_checkpoint_without_a_tensor_is_refused(setting: Setting, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        setting.trainer().run(tmp_path, stop_at(5))
-    path = tmp_path / "training.safetensors"
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    del tensors["exp_avg.draft.fc.weight"]
-    save_file(tensors, path, metadata)
-    with pytest.raises(CheckpointError, match=r"exp_avg\.draft\.fc\.weight"):
-        setting.trainer().run(tmp_path, ignore)
-
-
-def test_nan_loss_stops_with_the_batch_named_and_the_checkpoint_whole(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, good = setting.trainer(feature_noise=0.1), Trainer.loss
-
-    def poisoned(self: Trainer, batch: Any) -> Loss:
-        loss = good(self, batch)
-        return replace(loss, total=loss.total * float("nan")) if self.step == 7 else loss
-
-    monkeypatch.setattr(Trainer, "loss", poisoned)
-    with pytest.raises(AquilineError, match="loss is nan at step 10, batch 9 ") as caught:
-        run.run(tmp_path, ignore)
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "draft").exists()
-    monkeypatch.setattr(Trainer, "loss", good)
-    resumed = setting.trainer(feature_noise=0.1)
-    resumed.run(tmp_path, ignore)
-    whole = setting.trainer(feature_noise=0.1)
-    whole.run(tmp_path / "whole", ignore)
-    assert_same(weights(resumed), weights(whole))
-
-
-def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The loss of step 5 is finite, its gradient is not: what step 5 saves must be sound."""
-    run, good = setting.trainer(), Trainer.loss
-
-    def poisoned(self: Trainer, batch: Any) -> Loss:
-        loss = good(self, batch)
-        if self.step == 4:
-            loss.total.register_hook(lambda gradient: gradient * float("inf"))
-        return loss
-
-    monkeypatch.setattr(Trainer, "loss", poisoned)
-    with pytest.raises(AquilineError, match=r"not finite|is nan|is inf"):
-        run.run(tmp_path, ignore)
-    monkeypatch.setattr(Trainer, "loss", good)
-    setting.trainer().run(tmp_path, ignore)
-
-
-def test_held_out_prompts_that_are_all_too_long_are_refused(
-    setting: Setting, tmp_path: Path
-) -> None:
-    with pytest.raises(AquilineError, match="eval_tokens"):
-        setting.trainer(eval_tokens=LENGTH).run(tmp_path, ignore)
-
-
-# ------------------------------------------------------------------------------------------ loss
-
-
-def test_batch_without_an_assistant_token_is_named(setting: Setting) -> None:
-    run = setting.trainer()
-    batch = run.packer.batch(0)
-    with pytest.raises(AquilineError, match="batch 0: no assistant token"):
-        run.loss(replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)))
+def test_recomputed_activations_change_nothing(setting: Setting, tmp_path: Path) -> None:
+    runs = [setting.trainer(tokens=3 * BATCH, layers=2, recompute=on) for on in (False, True)]
+    for index, run in enumerate(runs):
+        run.run(tmp_path / str(index), ignore)
+    assert_same(weights(runs[0]), weights(runs[1]))
 
 
 def test_only_the_draft_learns(setting: Setting) -> None:
     run = setting.trainer()
-    run.loss(run.packer.batch(0)).total.backward()  # type: ignore[no-untyped-call]
-    assert all(parameter.grad is None for parameter in run.target.parameters())
+    with Feed(run.packer, World(), 1, CPU) as feed:
+        batches, count = feed.take(0)
+    run.loss(batches[0], count).total.backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is None for parameter in run.teacher.model.parameters())
     for name, parameter in run.student.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
 
 
-# ------------------------------------------------------------------------- schedule and settings
+# ------------------------------------------------------------------------------ stopping in time
 
 
-def test_learning_rate_warms_up_stays_and_decays() -> None:
-    config = TrainConfig(
-        "t", "d", max_length=10, tokens_per_batch=10, tokens=1000, warmup_tokens=100,
-        decay_fraction=0.3, learning_rate=2.0,
-    )  # fmt: skip
-    assert config.steps == 100
-    rates = [config.learning_rate_at(step) for step in range(100)]
-    assert rates[:10] == pytest.approx([0.2 * (i + 1) for i in range(10)])
-    assert rates[10:71] == [2.0] * 61
-    assert rates[70:] == pytest.approx([2.0 * (30 - i) / 30 for i in range(30)])
-    flat = replace(config, warmup_tokens=0, decay_fraction=0.0)
-    assert [flat.learning_rate_at(step) for step in range(100)] == [2.0] * 100
+def poison(monkeypatch: pytest.MonkeyPatch, number: int, what: str) -> None:
+    """From batch ``number`` comes a loss that is ``what``, or a gradient that is (``inf``)."""
+    good = Trainer.loss
+
+    def poisoned(self: Trainer, fed: Fed, count: Tensor) -> Loss:
+        loss = good(self, fed, count)
+        if fed.number == number and what == "nan":
+            return replace(loss, total=loss.total * float("nan"))
+        if fed.number == number:
+            loss.total.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(Trainer, "loss", poisoned)
+
+
+@pytest.mark.parametrize("what", ["nan", "inf"])
+def test_loss_or_gradient_that_is_not_finite_stops_with_the_batch_named(
+    what: str, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = setting.trainer(feature_noise=0.1)
+    with monkeypatch.context() as patch:
+        poison(patch, 7, what)
+        with pytest.raises(AquilineError, match=r"step 7 is not finite .*batch 7, doc") as caught:
+            run.run(tmp_path, ignore)
+    assert "\n" not in str(caught.value)
+    documents = str(caught.value).split("documents ")[1].split(" of")[0].split(", ")
+    assert [int(one) for one in documents] == sorted(run.packer.documents(7))
+    assert [path.name for path in tmp_path.glob("step-*")] == ["step-5"]
+    resumed, whole = (setting.trainer(feature_noise=0.1) for _ in range(2))
+    resumed.run(tmp_path, ignore)
+    whole.run(tmp_path / "whole", ignore)
+    assert_same(weights(resumed), weights(whole))
+
+
+def test_a_bad_step_just_before_a_checkpoint_is_never_saved(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 4, "inf")
+    with pytest.raises(AquilineError, match="step 4 is not finite"):
+        setting.trainer().run(tmp_path, ignore)
+    assert not list(tmp_path.glob("step-*"))
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
+    """Acceptance as written down, one check after another."""
+    left = iter(scores)
+    monkeypatch.setattr(
+        Trainer, "measure", lambda self: (Acceptance(next(left), (0.0, 0.0, 0.0)), None)
+    )
+
+
+def test_falling_tokens_per_call_under_a_falling_loss_stop_the_run(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [1.2, 1.6, 1.5, 1.4, 9.9])
+    run = setting.trainer(eval_every=2, patience=2, keep=1)
+    finished = run.run(tmp_path, ignore)
+    assert finished.stopped
+    assert finished.best == (4, 1.6)
+    assert run.mark.step == 8
+    assert {path.name for path in tmp_path.glob("step-*")} == {"step-4", "step-8"}
+    again = setting.trainer(eval_every=2, patience=2, keep=1)
+    assert again.run(tmp_path, ignore).stopped, "a resumed run remembers"
+    assert again.mark.step == 8
+
+
+def test_a_run_that_recovers_goes_on(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, [1.6, 1.5, 1.55, 1.5])
+    finished = setting.trainer(patience=2).run(tmp_path, ignore)
+    assert not finished.stopped
+    assert finished.best == (5, 1.6)
+
+
+# --------------------------------------------------------------------------- settings, bad input
+
+
+def test_held_out_prompts_that_are_all_too_long_are_refused(setting: Setting) -> None:
+    with pytest.raises(AquilineError, match="eval_tokens"):
+        setting.trainer(eval_tokens=LENGTH)
+
+
+def test_batch_without_an_assistant_token_is_named(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = setting.trainer()
+    good = type(run.packer).batch
+
+    def silent(self: Any, step: int) -> Any:
+        batch = good(self, step)
+        return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
+
+    monkeypatch.setattr(type(run.packer), "batch", silent)
+    with (
+        Feed(run.packer, World(), 1, CPU) as feed,
+        pytest.raises(DataError, match="batch 0: no assistant token"),
+    ):
+        feed.take(0)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("layers", 0), ("tokens", 0), ("learning_rate", 0.0), ("learning_rate", -1.0),
-        ("decay_fraction", 1.5), ("eval_every", 0), ("max_length", 10**6), ("holdout", 0),
+        ("final_rate", 1.5), ("decay_tokens", -1), ("accumulate", 0), ("shard", "all"),
+        ("teacher", "theirs"), ("recompute", 1),
+        ("keep", 0), ("patience", 0), ("seed", 0.5), ("eval_every", 0), ("max_length", 10**6),
+        ("holdout", 0),
         ("learning_rate", float("nan")), ("draft_vocab_size", 0), ("intermediate_size", -4),
         ("gradient_clip", -1.0), ("warmup_tokens", -5), ("feature_noise", -0.1),
     ],
@@ -344,6 +280,11 @@ def test_learning_rate_warms_up_stays_and_decays() -> None:
 def test_bad_setting_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(AquilineError, match=f"^{field}="):
         TrainConfig("t", "d", **{field: value})
+
+
+def test_unknown_tree_is_refused() -> None:
+    with pytest.raises(AquilineError, match="tree-9"):
+        TrainConfig("t", "d", eval_tree="tree-9")
 
 
 def test_frequent_tokens() -> None:
@@ -354,7 +295,7 @@ def test_frequent_tokens() -> None:
 def test_reduced_vocabulary_is_exported(setting: Setting, tmp_path: Path) -> None:
     run = setting.trainer(draft_vocab_size=30, tokens=BATCH)
     run.run(tmp_path, ignore)
-    token_ids = load_draft(tmp_path / "draft", run.target, 200).token_ids
+    token_ids = load_draft(tmp_path / "draft", setting.target(), 200).token_ids
     assert token_ids is not None
     assert len(token_ids) == 30
     assert {IM_END, token("f"), token("h")} <= set(token_ids.tolist())
