@@ -10,9 +10,9 @@ from aquiline.core.errors import DataError
 from aquiline.training.corpus import (
     Corpus,
     build_corpus,
-    tokenize_conversation,
     tokenizer_fingerprint,
 )
+from aquiline.training.masking import tokenize_conversation
 from tests.training.chat_tokenizers import CHATML, LLAMA3, NOT_BY_PREFIX, ChatTokenizer, train
 
 PIECES = [
@@ -133,7 +133,7 @@ def test_corpus_gives_back_every_document(tmp_path, tokenizer, conversations):
         assert corpus.lengths[index] == len(stored_ids)
     assert corpus.token_count == sum(min(len(ids), 50) for ids, _ in kept)
     assert corpus.assistant_token_count == sum(mask[:50].sum() for _, mask in kept)
-    assert np.load(tmp_path / "c" / "tokens.npy").dtype == np.uint16
+    assert np.load(tmp_path / "c" / "tokens-00000.npy").dtype == np.uint16
 
 
 def test_large_vocabulary_is_stored_whole(tmp_path, tokenizer, conversations):
@@ -182,9 +182,9 @@ def test_damaged_corpus_is_refused(tmp_path, tokenizer, conversations, damage):
     build_corpus(tokenizer, conversations, folder, 50)
     meta = json.loads((folder / "meta.json").read_text())
     if damage == "delete":
-        (folder / "mask.npy").unlink()
+        (folder / "mask-00000.npy").unlink()
     elif damage == "shorten":
-        np.save(folder / "tokens.npy", np.load(folder / "tokens.npy")[:-1])
+        np.save(folder / "tokens-00000.npy", np.load(folder / "tokens-00000.npy")[:-1])
     else:
         meta |= {"format": 99} if damage == "format" else {"unknown": 1}
         (folder / "meta.json").write_text(json.dumps(meta))
