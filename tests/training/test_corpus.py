@@ -2,11 +2,13 @@
 
 import json
 import random
+import time
 
 import numpy as np
 import pytest
 
 from aquiline.core.errors import DataError
+from aquiline.training.conversations import CUT
 from aquiline.training.corpus import (
     Corpus,
     build_corpus,
@@ -174,6 +176,69 @@ def test_failed_build_leaves_nothing(tmp_path, tokenizer, conversations):
     with pytest.raises(DataError, match="bad line"):
         build_corpus(tokenizer, broken(), tmp_path / "c", 50)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_read_as_one(tmp_path, tokenizer, conversations):
+    info = build_corpus(tokenizer, conversations, tmp_path / "one", 50)
+    sharded = build_corpus(tokenizer, conversations, tmp_path / "many", 50, shard_tokens=170)
+    assert info.shards == 1
+    assert sharded.shards > 5
+    one, many = Corpus.open(tmp_path / "one"), Corpus.open(tmp_path / "many")
+    sizes = [len(np.load(path)) for path in sorted((tmp_path / "many").glob("tokens-*.npy"))]
+    assert len(sizes) == sharded.shards
+    assert max(sizes) <= 170
+    assert sum(sizes) == one.token_count == many.token_count
+    np.testing.assert_array_equal(one.lengths, many.lengths)
+    for index in range(len(one)):
+        for a, b in zip(one.document(index), many.document(index), strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(one.token_counts(500), many.token_counts(500))
+    assert one.token_counts(500).sum() == one.token_count
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3])
+@pytest.mark.parametrize("content", ["The end", "\n\nassistant 123\n", "end", "im_end 日本"])
+def test_cut_turn_has_no_end(template, content):
+    tokenizer = ChatTokenizer(template, train(splits=True))
+    before = [
+        {"role": "user", "content": "123"}, {"role": "assistant", "content": "é"},
+        {"role": "user", "content": "user"},
+    ]  # fmt: skip
+    cut = {"role": "assistant", "content": content} | CUT
+    never = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "never"}]
+    ids, mask = tokenize_conversation(tokenizer, [*before, cut, *never])
+    prompt = tokenizer.render_chat(before)
+    text = prompt + (content.strip() if template == LLAMA3 else content)
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    assert ids.tolist() == encoding.ids
+    first = len(tokenizer.render_chat(before[:1]))
+    inside = {*range(first, first + len("é" + ENDS[template])), *range(len(prompt), len(text))}
+    assert mask.tolist() == [start in inside for start, _ in encoding.offsets]
+    assert sum(token in tokenizer.eos_token_ids for token in ids[mask]) == 1  # of the turn before
+
+
+def test_conversation_without_an_assistant_turn_is_skipped(tmp_path, tokenizer):
+    silent = [{"role": "user", "content": "The end"}]
+    info = build_corpus(
+        tokenizer, [silent, [*silent, {"role": "assistant", "content": "x"}]], tmp_path / "c", 50
+    )
+    assert (info.documents, info.skipped) == (1, 1)
+
+
+def test_beginning_of_a_long_conversation_costs_little_and_is_the_same(tmp_path, tokenizer):
+    """10 MB in one message, and 30,000 messages: only what is kept is rendered and tokenised."""
+    short = [{"role": "user", "content": "a b " * 20}, {"role": "assistant", "content": "The end"}]
+    talk = short * 15_000
+    text = [short[0], {"role": "assistant", "content": "日本 The end. " * 800_000}, *short]
+    started = time.perf_counter()
+    build_corpus(tokenizer, [talk, text], tmp_path / "c", 300)
+    assert time.perf_counter() - started < 5
+    corpus = Corpus.open(tmp_path / "c")
+    beginnings = talk[:20], [text[0], {"role": "assistant", "content": "日本 The end. " * 300}]
+    for index, whole in enumerate(beginnings):
+        ids, mask = tokenize_conversation(tokenizer, whole)
+        np.testing.assert_array_equal(corpus.document(index)[0], ids[:300])
+        np.testing.assert_array_equal(corpus.document(index)[1], mask[:300])
 
 
 @pytest.mark.parametrize("damage", ["delete", "shorten", "format", "field"])
