@@ -10,7 +10,7 @@ from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
 from aquiline.training.regenerate import Answer, Answerer, Ask, Finish
 
-_REFILL = 16  # prompts join when this share of the rows is free: prefills in groups, full batches
+_REFILL = 8  # prompts join when this share of the rows is free: prefills in groups, full batches
 
 
 def engine_answers(llm: LLM, max_tokens: int, top_p: float) -> Answerer:
@@ -26,13 +26,17 @@ def engine_answers(llm: LLM, max_tokens: int, top_p: float) -> Answerer:
         running: dict[int, Ask] = {}
         while asks or running:
             if len(running) <= rows - max(1, rows // _REFILL):
-                while asks and len(running) < rows:
+                group: list[tuple[list[int], Ask]] = []
+                while asks and len(running) + len(group) < rows:
                     ask = asks.popleft()
-                    sampling = params(ask)
                     try:
-                        prompt = llm.tokenizer.encode_chat(ask.messages)
-                        running[engine.add_request(prompt, sampling)] = ask
-                    except AquilineError:  # no room in the context, or not by this template
+                        group.append((llm.tokenizer.encode_chat(ask.messages), ask))
+                    except AquilineError:  # the template does not allow it
+                        yield ask, Answer("", 0, "refused")
+                for prompt, ask in sorted(group, key=lambda one: len(one[0])):  # little padding
+                    if len(prompt) < engine.max_model_len:
+                        running[engine.add_request(prompt, params(ask))] = ask
+                    else:
                         yield ask, Answer("", 0, "refused")
             for output in engine.step() if running else ():
                 if output.finished:

@@ -24,6 +24,7 @@ from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
 from aquiline.engine.loader import choose_device
 from aquiline.evaluation.tasks import TASKS, benchmark_texts
+from aquiline.models.checkpoint import open_checkpoint
 from aquiline.models.registry import resolve
 from aquiline.text.tokenizer import load_tokenizer
 from aquiline.training.conversations import (
@@ -105,7 +106,9 @@ def data(
         not (tokenize and out.exists()), f"--out {out}: exists; delete it or give another folder"
     )
     SamplingParams(max_tokens=max_tokens, top_p=top_p, seed=seed)  # validated before any work
-    settings = RegenerationSettings(target, _temperatures(temperatures), top_p, max_tokens, seed)
+    settings = RegenerationSettings(
+        target, _temperatures(temperatures), top_p, max_tokens, max_length, seed
+    )
     text = out.with_name(out.name + ".jsonl") if tokenize else out
     console = Console(stderr=json_output, highlight=False)
     report: Report = {"source": source, "out": str(out)}
@@ -121,8 +124,12 @@ def data(
     report["decontamination"] = dataclasses.asdict(touched)
     if again:
         rows = batch or BATCH[choose_device("auto").type]
+        context = open_checkpoint(resolve(target)).config.max_position_embeddings
         config = options.speculative_config(target, draft, tree, "coupled", method)
-        llm = LLM(target, dtype, config if speculate else None, max_num_seqs=rows)  # type: ignore[arg-type]
+        llm = LLM(
+            target, dtype, config if speculate else None,  # type: ignore[arg-type]
+            max_num_seqs=rows, max_model_len=min(max_length, context),
+        )  # fmt: skip
         entries = _regenerate(llm, entries, settings, text, report, console)
         del llm  # its memory, before processes are forked
     report["conversations"] = len(entries)

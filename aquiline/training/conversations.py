@@ -61,7 +61,9 @@ class Rejected(NamedTuple):
 
     def error(self, path: str | Path) -> DataError:
         """The line as an error with its remedy."""
-        remedy = "fix or delete the line" if self.malformed else "delete the line (aquiline data)"
+        remedy = "fix or delete the line"
+        if not self.malformed:
+            remedy = "delete the line, or have aquiline data leave it out"
         return DataError(f"{path}:{self.number}: {self.reason}; {remedy}")
 
 

@@ -36,12 +36,14 @@ class RegenerationSettings:
     Attributes:
         temperatures: each conversation has one of them throughout.
         max_tokens: of one answer.
+        max_length: tokens of a conversation, which ends there.
     """
 
     target: str
     temperatures: tuple[float, ...]
     top_p: float
     max_tokens: int
+    max_length: int
     seed: int
 
 
@@ -236,5 +238,5 @@ def _report(records: Sequence[Mapping[str, Any]], resumed: int) -> RegenerationR
         cut=sum(CUT.items() <= turn.items() for turn in answers),
         refused=sum(record["refused"] for record in records),
         empty=sum(not record["messages"] for record in records),
-        temperatures=Counter(str(record["temperature"]) for record in records),
+        temperatures=dict(Counter(str(record["temperature"]) for record in records)),
     )
