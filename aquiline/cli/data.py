@@ -255,7 +255,7 @@ def _regenerate(
 
         def progress(conversations: int, tokens: int) -> None:
             rate = tokens / (time.monotonic() - started)
-            show(conversations, f"{tokens / 1e6:.2f}M tokens {rate / 1e3:.1f}k tok/s")
+            show(conversations, f"{tokens:,} tokens, {rate:,.0f} a second")
 
         answer = engine_answers(llm, settings.max_tokens, settings.top_p)
         entries, done = regenerate(entries, answer, settings, partial, progress)

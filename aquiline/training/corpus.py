@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from aquiline.core.errors import DataError
+from aquiline.core.errors import AquilineError, DataError
 from aquiline.training.conversations import Conversation
 from aquiline.training.masking import (
     ChatTokenizer,
@@ -47,6 +47,7 @@ class CorpusInfo:
     Attributes:
         truncated: documents cut at ``max_length``.
         skipped: conversations left out because the cut left them no assistant token.
+        refused: conversations left out because the chat template does not allow them.
         tokenizer: ``tokenizer_fingerprint`` of the tokenizer that built it.
         source: where the conversations came from, as the builder named it.
     """
@@ -56,6 +57,7 @@ class CorpusInfo:
     assistant_tokens: int
     truncated: int
     skipped: int
+    refused: int
     shards: int
     max_length: int
     vocab_size: int
@@ -179,11 +181,12 @@ def build_corpus(
     partial = out_dir.with_name(f".{out_dir.name}.{getpid()}.partial")
     partial.mkdir(parents=True)
     shard: list[tuple[NDArray[Any], Mask]] = []
-    held = done = documents = shards = tokens = assistant_tokens = truncated = 0
+    held = done = documents = shards = tokens = assistant_tokens = truncated = refused = 0
     try:
-        for done, (ids, mask) in enumerate(_tokenise_all(tokenizer, conversations, max_length), 1):
-            ids, mask, whole = ids[:max_length].astype(dtype), mask[:max_length], len(ids)
-            if mask.any():
+        for done, document in enumerate(_tokenise_all(tokenizer, conversations, max_length), 1):
+            refused += document is None
+            if document is not None and document[1][:max_length].any():
+                ids, mask = document[0][:max_length].astype(dtype), document[1][:max_length]
                 if held + len(ids) > shard_tokens and shard:
                     _pack(shard).save(partial, shards)
                     shard, held, shards = [], 0, shards + 1
@@ -192,14 +195,18 @@ def build_corpus(
                 documents += 1
                 tokens += len(ids)
                 assistant_tokens += int(mask.sum())
-                truncated += whole > max_length
+                truncated += len(document[0]) > max_length
             if progress is not None:
                 progress(done)
         if not shard:
-            raise DataError(f"{out_dir}: no conversation has an assistant token; raise max_length")
+            raise DataError(
+                f"{out_dir}: of {done} conversations the chat template refuses {refused}, the "
+                f"others have no assistant token within max_length={max_length}; raise it"
+            )
         _pack(shard).save(partial, shards)
         info = CorpusInfo(
-            documents, tokens, assistant_tokens, truncated, done - documents, shards + 1,
+            documents, tokens, assistant_tokens, truncated,
+            done - documents - refused, refused, shards + 1,
             max_length, tokenizer.vocab_size, fingerprint, source,
         )  # fmt: skip
         (partial / "meta.json").write_text(json.dumps(asdict(info), indent=2) + "\n")
@@ -233,14 +240,20 @@ def _start_worker(*state: Any) -> None:
     _worker[:] = [state]
 
 
-def _work(conversation: Conversation) -> Document:
+def _work(conversation: Conversation) -> Document | None:
+    """None for a conversation that the template refuses."""
     tokenizer, characters, messages = _worker[0]
-    return tokenize_conversation(tokenizer, head(conversation, characters, messages))
+    try:
+        return tokenize_conversation(tokenizer, head(conversation, characters, messages))
+    except DataError:  # of template or tokenizer: it concerns every conversation
+        raise
+    except AquilineError:
+        return None
 
 
 def _tokenise_all(
     tokenizer: ChatTokenizer, conversations: Iterable[Conversation], max_length: int
-) -> Iterator[Document]:
+) -> Iterator[Document | None]:
     """Tokenised conversations in order; forked workers inherit the tokenizer, unpickled.
 
     A conversation of any size takes the time of its first ``max_length`` + 1 tokens: no token is

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from aquiline.core.errors import DataError
+from aquiline.core.errors import AquilineError, DataError
 from aquiline.training.conversations import CUT
 from aquiline.training.corpus import (
     Corpus,
@@ -223,6 +223,25 @@ def test_conversation_without_an_assistant_turn_is_skipped(tmp_path, tokenizer):
         tokenizer, [silent, [*silent, {"role": "assistant", "content": "x"}]], tmp_path / "c", 50
     )
     assert (info.documents, info.skipped) == (1, 1)
+
+
+def test_conversation_that_the_template_refuses_is_counted(tmp_path, tokenizer):
+    render = tokenizer.render_chat
+
+    def refuses(messages, add_generation_prompt=True):
+        if messages[0]["content"] == "no":
+            raise AquilineError("messages: refused by the chat template")
+        return render(messages, add_generation_prompt)
+
+    tokenizer.render_chat = refuses
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]
+        for text in ("no", "The end")
+    ]
+    info = build_corpus(tokenizer, chats, tmp_path / "c", 50)
+    assert (info.documents, info.skipped, info.refused) == (1, 0, 1)
+    with pytest.raises(DataError, match="of 1 conversations the chat template refuses 1"):
+        build_corpus(tokenizer, chats[:1], tmp_path / "d", 50)
 
 
 def test_beginning_of_a_long_conversation_costs_little_and_is_the_same(tmp_path, tokenizer):
