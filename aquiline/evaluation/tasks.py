@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from aquiline.core.errors import AquilineError, DataError
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
+TASKS = ("mt-bench", "humaneval", "gsm8k")
 _COMPLETE = "Complete the following Python function. Reply with the whole function in a code block."
 
 
@@ -56,7 +57,7 @@ def load_task(name: str) -> list[TaskPrompt]:
     return _parse(_TASKS[name], _TASKS[name].prompt)
 
 
-def benchmark_texts() -> dict[str, list[str]]:
+def benchmark_texts(names: Iterable[str] = TASKS) -> dict[str, list[str]]:
     """By benchmark, the texts that must not occur in training data.
 
     They are the published prompts (every turn, none of our instructions) and GSM8K's solutions.
@@ -65,8 +66,8 @@ def benchmark_texts() -> dict[str, list[str]]:
         DataError: a package is not installed, or its file cannot be read.
     """
     return {
-        name: [text for texts in _parse(task, task.texts) for text in texts]
-        for name, task in _TASKS.items()
+        name: [text for texts in _parse(_TASKS[name], _TASKS[name].texts) for text in texts]
+        for name in names
     }
 
 

@@ -1,9 +1,13 @@
-"""A tokenised corpus: conversations as token ids, with the assistant's tokens marked.
+"""A tokenised corpus: a folder of shards, memory-mapped when opened, that reads as one.
 
-The mask is found for any chat template by rendering prefixes of the conversation: an assistant turn
-lies between the prefix that ends in a generation prompt and the prefix that ends with the turn. A
-token belongs to the speaker of its first character. On disk a corpus is a folder of flat arrays,
-memory-mapped when opened, that appears whole or not at all.
+    meta.json               CorpusInfo, written last
+    tokens-00000.npy        [tokens of the shard], 16-bit where the vocabulary allows, else 32-bit
+    mask-00000.npy          [tokens / 8] bits, true where the token is the assistant's
+    offsets-00000.npy       [documents of the shard + 1] int64, where each document begins
+    tokens-00001.npy  ...
+
+No document crosses from one shard to the next. The folder appears whole or not at all, and no more
+than one shard is held in memory while it is built.
 """
 
 from __future__ import annotations
@@ -11,44 +15,29 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from os import getpid
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aquiline.core.errors import DataError
+from aquiline.core.errors import AquilineError, DataError
 from aquiline.training.conversations import Conversation
+from aquiline.training.masking import (
+    ChatTokenizer,
+    Document,
+    Ids,
+    Mask,
+    head,
+    tokenize_conversation,
+)
 
-Ids = NDArray[np.int64]
-Mask = NDArray[np.bool_]
-Document = tuple[Ids, Mask]
-_FORMAT = 1
-
-
-class ChatTokenizer(Protocol):
-    """What a corpus needs of a tokenizer; it is used in forked processes.
-
-    ``encode_chat`` must equal ``encode`` of ``render_chat`` without added special tokens.
-    """
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def eos_token_ids(self) -> Collection[int]: ...
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str: ...
-    def render_chat(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> str: ...
-    def encode_chat(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = True
-    ) -> list[int]: ...
+SHARD_TOKENS = 64_000_000
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +47,7 @@ class CorpusInfo:
     Attributes:
         truncated: documents cut at ``max_length``.
         skipped: conversations left out because the cut left them no assistant token.
+        refused: conversations left out because the chat template does not allow them.
         tokenizer: ``tokenizer_fingerprint`` of the tokenizer that built it.
         source: where the conversations came from, as the builder named it.
     """
@@ -67,6 +57,8 @@ class CorpusInfo:
     assistant_tokens: int
     truncated: int
     skipped: int
+    refused: int
+    shards: int
     max_length: int
     vocab_size: int
     tokenizer: str
@@ -74,13 +66,45 @@ class CorpusInfo:
     format: int = _FORMAT
 
 
-class Corpus:
-    """A memory-mapped corpus; open it with ``Corpus.open``."""
+class _Shard(NamedTuple):
+    tokens: NDArray[Any]
+    mask: NDArray[np.uint8]
+    offsets: Ids
 
-    def __init__(self, info: CorpusInfo, tokens: Any, mask: Any, offsets: Ids) -> None:
+    @classmethod
+    def open(cls, folder: Path, number: int) -> _Shard:
+        tokens, mask = (
+            np.load(folder / f"{name}-{number:05d}.npy", mmap_mode="r")
+            for name in ("tokens", "mask")
+        )
+        shard = cls(tokens, mask, np.load(folder / f"offsets-{number:05d}.npy"))
+        if len(tokens) != shard.offsets[-1] or len(mask) != -(-len(tokens) // 8):
+            raise ValueError(f"shard {number} is damaged")
+        return shard
+
+    def save(self, folder: Path, number: int) -> None:
+        for name, array in self._asdict().items():
+            np.save(folder / f"{name}-{number:05d}.npy", array)
+
+    def document(self, index: int) -> Document:
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        bits = np.unpackbits(self.mask[start // 8 : end // 8 + 1])
+        skip = start % 8
+        return self.tokens[start:end].astype(np.int64), bits[skip : skip + end - start] == 1
+
+
+class Corpus:
+    """A memory-mapped corpus; open it with ``Corpus.open``.
+
+    Attributes:
+        lengths: tokens of each document, [documents].
+    """
+
+    def __init__(self, info: CorpusInfo, shards: list[_Shard]) -> None:
         self.info = info
-        self.lengths: Ids = np.diff(offsets)
-        self._tokens, self._mask, self._offsets = tokens, mask, offsets
+        self.lengths: Ids = np.concatenate([np.diff(shard.offsets) for shard in shards])
+        self._shards = shards
+        self._first = np.cumsum([0, *(len(shard.offsets) - 1 for shard in shards)])
 
     @classmethod
     def open(cls, folder: str | Path, vocab_size: int | None = None) -> Corpus:
@@ -92,22 +116,19 @@ class Corpus:
         folder = Path(folder)
         try:
             info = CorpusInfo(**json.loads((folder / "meta.json").read_text()))
-            tokens, mask = (np.load(folder / f"{n}.npy", mmap_mode="r") for n in ("tokens", "mask"))
-            offsets = np.load(folder / "offsets.npy")
+            if info.format != _FORMAT:
+                raise ValueError("of another version")
+            corpus = cls(info, [_Shard.open(folder, number) for number in range(info.shards)])
         except (OSError, ValueError, TypeError) as error:
             raise DataError(f"{folder}: not a corpus ({error}); build it again") from None
-        if (
-            info.format != _FORMAT
-            or len(tokens) != offsets[-1]
-            or len(offsets) != info.documents + 1
-        ):
-            raise DataError(f"{folder}: damaged or of another version; build it again")
+        if (len(corpus), int(corpus.lengths.sum())) != (info.documents, info.tokens):
+            raise DataError(f"{folder}: its shards are not those of meta.json; build it again")
         if vocab_size is not None and info.vocab_size > vocab_size:
             raise DataError(
                 f"{folder}: its vocab_size is {info.vocab_size}, the target's {vocab_size}; "
                 "build it again with the target's tokenizer"
             )
-        return cls(info, tokens, mask, offsets)
+        return corpus
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -122,14 +143,15 @@ class Corpus:
 
     def token_counts(self, vocab_size: int) -> Ids:
         """How often each token id occurs, [vocab_size]."""
-        return np.bincount(self._tokens, minlength=vocab_size)
+        counts = np.zeros(vocab_size, np.int64)
+        for shard in self._shards:
+            counts += np.bincount(shard.tokens, minlength=vocab_size)
+        return counts
 
     def document(self, index: int) -> Document:
         """Token ids (int64) and assistant mask (bool) of one document, as copies."""
-        start, end = int(self._offsets[index]), int(self._offsets[index + 1])
-        bits = np.unpackbits(self._mask[start // 8 : end // 8 + 1])
-        skip = start % 8
-        return self._tokens[start:end].astype(np.int64), bits[skip : skip + end - start] == 1
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        return self._shards[shard].document(index - int(self._first[shard]))
 
 
 def build_corpus(
@@ -140,10 +162,12 @@ def build_corpus(
     progress: Callable[[int], None] | None = None,
     *,
     source: str = "",
+    shard_tokens: int = SHARD_TOKENS,
 ) -> CorpusInfo:
     """Tokenise conversations, each cut at ``max_length`` tokens, into the new folder ``out_dir``.
 
-    ``progress`` is called with the number of conversations done. All processor cores are used.
+    ``progress`` is called with the number of conversations done. A shard holds ``shard_tokens`` at
+    most, or one document. All processor cores are used.
 
     Raises:
         DataError: ``out_dir`` exists, no conversation has an assistant token within
@@ -154,49 +178,42 @@ def build_corpus(
         raise DataError(f"{out_dir}: exists; delete it or give another folder")
     fingerprint = tokenizer_fingerprint(tokenizer)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    documents: list[tuple[NDArray[Any], Mask]] = []
-    done = truncated = 0
-    for done, (ids, mask) in enumerate(_tokenise_all(tokenizer, conversations), 1):
-        if mask[:max_length].any():
-            truncated += len(ids) > max_length
-            documents.append((ids[:max_length].astype(dtype), mask[:max_length]))
-        if progress is not None:
-            progress(done)
-    if not documents:
-        raise DataError(f"{out_dir}: no conversation has an assistant token; raise max_length")
-    info = CorpusInfo(
-        documents=len(documents),
-        tokens=sum(len(ids) for ids, _ in documents),
-        assistant_tokens=sum(int(mask.sum()) for _, mask in documents),
-        truncated=truncated,
-        skipped=done - len(documents),
-        max_length=max_length,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer=fingerprint,
-        source=source,
-    )
-    _write(out_dir, documents, info)
+    partial = out_dir.with_name(f".{out_dir.name}.{getpid()}.partial")
+    partial.mkdir(parents=True)
+    shard: list[tuple[NDArray[Any], Mask]] = []
+    held = done = documents = shards = tokens = assistant_tokens = truncated = refused = 0
+    try:
+        for done, document in enumerate(_tokenise_all(tokenizer, conversations, max_length), 1):
+            refused += document is None
+            if document is not None and document[1][:max_length].any():
+                ids, mask = document[0][:max_length].astype(dtype), document[1][:max_length]
+                if held + len(ids) > shard_tokens and shard:
+                    _pack(shard).save(partial, shards)
+                    shard, held, shards = [], 0, shards + 1
+                shard.append((ids, mask))
+                held += len(ids)
+                documents += 1
+                tokens += len(ids)
+                assistant_tokens += int(mask.sum())
+                truncated += len(document[0]) > max_length
+            if progress is not None:
+                progress(done)
+        if not shard:
+            raise DataError(
+                f"{out_dir}: of {done} conversations the chat template refuses {refused}, the "
+                f"others have no assistant token within max_length={max_length}; raise it"
+            )
+        _pack(shard).save(partial, shards)
+        info = CorpusInfo(
+            documents, tokens, assistant_tokens, truncated,
+            done - documents - refused, refused, shards + 1,
+            max_length, tokenizer.vocab_size, fingerprint, source,
+        )  # fmt: skip
+        (partial / "meta.json").write_text(json.dumps(asdict(info), indent=2) + "\n")
+        partial.rename(out_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return info
-
-
-def tokenize_conversation(tokenizer: ChatTokenizer, conversation: Conversation) -> Document:
-    """Token ids of the whole conversation, equal to ``encode_chat``'s, and the assistant mask.
-
-    The mask marks what the assistant has to produce: its content and the token that ends its turn,
-    not what the template puts after that token.
-
-    Raises:
-        DataError: the chat template does not render prefixes of the conversation.
-    """
-    text = tokenizer.render_chat(conversation, add_generation_prompt=False)
-    ids = tokenizer.encode_chat(conversation, add_generation_prompt=False)
-    edges = _assistant_edges(tokenizer, conversation, text)
-    cuts = _token_cuts(tokenizer, text, ids, edges)
-    mask = np.zeros(len(ids), dtype=np.bool_)
-    for start, stop in zip(cuts[::2], cuts[1::2], strict=True):
-        ends = [i for i in range(start, stop) if ids[i] in tokenizer.eos_token_ids]
-        mask[start : ends[-1] + 1 if ends else stop] = True
-    return np.asarray(ids, dtype=np.int64), mask
 
 
 def tokenizer_fingerprint(tokenizer: ChatTokenizer) -> str:
@@ -216,85 +233,42 @@ def tokenizer_fingerprint(tokenizer: ChatTokenizer) -> str:
     return hashlib.sha256(json.dumps(behaviour).encode()).hexdigest()[:16]
 
 
-def _assistant_edges(tokenizer: ChatTokenizer, conversation: Conversation, text: str) -> list[int]:
-    """Character positions in ``text``: start and end of each assistant turn, in order."""
-    edges = []
-    for index, message in enumerate(conversation):
-        if message["role"] != "assistant":
-            continue
-        before = tokenizer.render_chat(conversation[:index], add_generation_prompt=True)
-        through = tokenizer.render_chat(conversation[: index + 1], add_generation_prompt=False)
-        if not (text.startswith(through) and through.startswith(before)):
-            raise DataError(
-                f"chat template: message {index} is not rendered after its context as prompted for "
-                "generation; use a template whose prefixes stay as they are"
-            )
-        edges += [len(before), len(through)]
-    return edges
+_worker: list[tuple[ChatTokenizer, int, int]] = []  # one, in a worker process
 
 
-def _token_cuts(tokenizer: ChatTokenizer, text: str, ids: list[int], edges: list[int]) -> list[int]:
-    """For each character position in ``edges``, how many tokens of ``text`` begin before it.
-
-    Walks two tokenisations in step, of the whole text and of each piece between edges; where they
-    agree up to an edge, the walk goes on from there. They differ where a token of the whole
-    straddles an edge: it is counted, and the next piece begins at the last edge they agreed on.
-    """
-
-    def extent(some: Sequence[int]) -> int:
-        return len(tokenizer.decode(some, skip_special_tokens=False))
-
-    cuts: list[int] = []
-    at = position = 0
-    for edge in [*edges, len(text)]:
-        piece = tokenizer.encode(text[position:edge], add_special_tokens=False)
-        rest = ids[at : at + len(piece)]
-        if rest == piece:
-            at, position = at + len(piece), edge
-            cuts.append(at)
-            continue
-        differ = (i for i, (a, b) in enumerate(zip(piece, rest, strict=False)) if a != b)
-        same = next(differ, len(rest))
-        missing, rest = extent(piece[same:]), ids[at + same :]
-        counts = range(min(len(rest), 4 * missing) + 1)  # a character has at most 4 tokens
-        covering = bisect_left(counts, missing, key=lambda count: extent(rest[:count]))
-        cuts.append(at + same + covering)
-    if cuts.pop() != len(ids):
-        raise DataError(
-            "tokenizer: encode_chat is not encode of render_chat without added special tokens; "
-            "remove the special tokens its post-processor adds"
-        )
-    return cuts
+def _start_worker(*state: Any) -> None:
+    _worker[:] = [state]
 
 
-_worker: list[ChatTokenizer] = []  # one, in a worker process
-
-
-def _start_worker(tokenizer: ChatTokenizer) -> None:
-    _worker[:] = [tokenizer]
-
-
-def _work(conversation: Conversation) -> Document:
-    return tokenize_conversation(_worker[0], conversation)
+def _work(conversation: Conversation) -> Document | None:
+    """None for a conversation that the template refuses."""
+    tokenizer, characters, messages = _worker[0]
+    try:
+        return tokenize_conversation(tokenizer, head(conversation, characters, messages))
+    except DataError:  # of template or tokenizer: it concerns every conversation
+        raise
+    except AquilineError:
+        return None
 
 
 def _tokenise_all(
-    tokenizer: ChatTokenizer, conversations: Iterable[Conversation]
-) -> Iterator[Document]:
-    """Tokenised conversations in order; forked workers inherit the tokenizer, unpickled."""
-    with get_context("fork").Pool(initializer=_start_worker, initargs=(tokenizer,)) as pool:
+    tokenizer: ChatTokenizer, conversations: Iterable[Conversation], max_length: int
+) -> Iterator[Document | None]:
+    """Tokenised conversations in order; forked workers inherit the tokenizer, unpickled.
+
+    A conversation of any size takes the time of its first ``max_length`` + 1 tokens: no token is
+    longer than the longest of the vocabulary, and every message has one at least.
+    """
+    tokens = range(tokenizer.vocab_size)
+    longest = max(len(tokenizer.decode([i], skip_special_tokens=False)) for i in tokens)
+    state = tokenizer, longest * (max_length + 1), max_length + 1
+    with get_context("fork").Pool(initializer=_start_worker, initargs=state) as pool:
         yield from pool.imap(_work, conversations, chunksize=16)
 
 
-def _write(out_dir: Path, documents: list[tuple[NDArray[Any], Mask]], info: CorpusInfo) -> None:
-    partial = out_dir.with_name(f".{out_dir.name}.{getpid()}.partial")
-    partial.mkdir(parents=True)
-    try:
-        lengths = [len(ids) for ids, _ in documents]
-        np.save(partial / "tokens.npy", np.concatenate([ids for ids, _ in documents]))
-        np.save(partial / "mask.npy", np.packbits(np.concatenate([mask for _, mask in documents])))
-        np.save(partial / "offsets.npy", np.cumsum([0, *lengths], dtype=np.int64))
-        (partial / "meta.json").write_text(json.dumps(asdict(info), indent=2) + "\n")
-        partial.rename(out_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+def _pack(documents: list[tuple[NDArray[Any], Mask]]) -> _Shard:
+    return _Shard(
+        np.concatenate([ids for ids, _ in documents]),
+        np.packbits(np.concatenate([mask for _, mask in documents])),
+        np.cumsum([0, *(len(ids) for ids, _ in documents)], dtype=np.int64),
+    )

@@ -8,6 +8,7 @@ document that no loss sees. The hold-out is the same for every seed, so that run
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,20 +122,22 @@ class Packer:
         """The packs of one epoch as lists of document indices."""
         order = np.random.default_rng([self.seed, epoch]).permutation(self._training)
         packs: list[list[int]] = []
-        open_packs: list[tuple[int, list[int]]] = []  # (room, documents), fullest first
-        for index in order.tolist():
-            length = int(self.corpus.lengths[index])
-            slot = next((i for i, (room, _) in enumerate(open_packs) if room >= length), None)
-            if slot is not None:
-                room, documents = open_packs.pop(slot)
+        rooms: list[int] = []  # of the open packs, fullest first, beside their documents
+        contents: list[list[int]] = []
+        for index, length in zip(order.tolist(), self.corpus.lengths[order].tolist(), strict=True):
+            slot = bisect_left(rooms, length)
+            if slot < len(rooms):
+                room, documents = rooms.pop(slot), contents.pop(slot)
             else:
                 room, documents = self.tokens_per_batch, []
-                if len(open_packs) == _OPEN_PACKS:
-                    packs.append(open_packs.pop(0)[1])
+                if len(rooms) == _OPEN_PACKS:
+                    del rooms[0]
+                    packs.append(contents.pop(0))
             documents.append(index)
-            open_packs.append((room - length, documents))
-            open_packs.sort(key=lambda entry: entry[0])
-        return packs + [documents for _, documents in open_packs]
+            slot = bisect_right(rooms, room - length)
+            rooms.insert(slot, room - length)
+            contents.insert(slot, documents)
+        return packs + contents
 
     def _assemble(self, pack: list[int], epoch: float) -> PackedBatch:
         documents = [self.corpus.document(index) for index in pack]

@@ -7,8 +7,13 @@ import pytest
 
 from aquiline.core.errors import DataError
 from aquiline.training.conversations import (
+    CUT,
     Conversation,
+    Entry,
+    Rejected,
+    flaw,
     read_conversations,
+    read_entries,
     write_conversations,
 )
 from aquiline.training.sharegpt import load_sharegpt, normalise
@@ -42,15 +47,16 @@ def test_sharegpt_layout_reads_as_openai_layout(tmp_path):
         (b'{"messages": [', "invalid JSON"),
         (b"[" * 100_000, "invalid JSON"),
         (b'{"messages": "\xff"}', "invalid UTF-8"),
-        (b"[]", "expected an object"),
+        (b"3", "expected an object"),
         (b'{"text": "x"}', "expected an object"),
         (b'{"messages": {}}', "must be a list"),
         (b'{"messages": [3]}', "must be an object"),
-        (b'{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
-        (b'{"messages": [{"role": "assistant", "content": "x"}]}', "first turn"),
         (b'{"messages": [{"role": "assistant", "content": null}]}', "must be a string"),
         (b'{"messages": [{"role": ["user"], "content": "x"}]}', "is none of"),
-        (b'{"messages": [{"role": "tool", "content": "x"}]}', "is none of"),
+        (b'{"messages": [{"role": "wizard", "content": "x"}]}', "is none of"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', "must be a string"),
+        (b'{"prompt": [1]}', "a prompt must be"),
+        (b'{"prompt": "x", "messages": []}', "expected an object"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
     ],
 )
@@ -66,6 +72,66 @@ def test_first_bad_line_stops_and_is_named(tmp_path, line, reason):
     assert message.startswith(f"{path}:2: ")
     assert message.endswith("fix or delete the line")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([("user", "x")], "no assistant turn"),
+        ([], "no assistant turn"),
+        ([("assistant", "x"), ("user", "y")], "first turn"),
+    ],
+)
+def test_conversation_to_learn_nothing_from_is_named(tmp_path, turns, reason):
+    path = tmp_path / "a.jsonl"
+    messages = [{"role": role, "content": text} for role, text in turns]
+    path.write_text(json.dumps({"messages": messages}) + "\n")
+    assert list(read_entries(path)) == [Entry(1, messages)]
+    assert reason in flaw(messages)
+    with pytest.raises(DataError, match=rf"a\.jsonl:1: .*{reason}.* aquiline data leave it out"):
+        next(read_conversations(path))
+
+
+def test_prompts_are_turns_of_the_user(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": ["a", "b"], "id": 3}\n["c"]\n')
+    asked = [(entry.number, [m["content"] for m in entry.conversation])
+             for entry in read_entries(path)]  # fmt: skip
+    assert asked == [(1, ["a"]), (3, ["a", "b"]), (4, ["c"])]
+    assert {m["role"] for entry in read_entries(path) for m in entry.conversation} == {"user"}
+
+
+def test_parts_tools_and_cut_turns(tmp_path):
+    path = tmp_path / "a.jsonl"
+    text = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    picture = [{"type": "image_url", "image_url": {}}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    lines = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "c"} | CUT],
+        [{"role": "user", "content": picture}],
+        [{"role": "user", "content": "u"}, call, {"role": "tool", "content": "r"}],
+        [{"role": "developer", "content": "d"}, {"role": "tool", "content": "r"}],
+    ]
+    share = [{"from": "human", "value": "u"}, {"from": "function_call", "value": "{}"}]
+    records = [*({"messages": line} for line in lines), {"conversations": share}]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    first, *others = read_entries(path)
+    assert first.conversation == [
+        {"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c"} | CUT
+    ]  # fmt: skip
+    assert others == [
+        Rejected(2, "a message holds more than text", False),
+        Rejected(3, "an assistant turn calls a tool", False),
+        Entry(4, [{"role": "system", "content": "d"}, {"role": "tool", "content": "r"}]),
+        Rejected(5, "an assistant turn calls a tool", False),
+    ]
+
+
+def test_bad_lines_do_not_end_the_entries(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + b"\n{\n\xff\n \n" + GOOD)
+    kinds = [(item.number, isinstance(item, Entry)) for item in read_entries(path)]
+    assert kinds == [(1, True), (2, False), (3, False), (5, True)]
 
 
 def test_missing_file_is_a_data_error(tmp_path):

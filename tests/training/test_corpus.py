@@ -2,17 +2,19 @@
 
 import json
 import random
+import time
 
 import numpy as np
 import pytest
 
-from aquiline.core.errors import DataError
+from aquiline.core.errors import AquilineError, DataError
+from aquiline.training.conversations import CUT
 from aquiline.training.corpus import (
     Corpus,
     build_corpus,
-    tokenize_conversation,
     tokenizer_fingerprint,
 )
+from aquiline.training.masking import tokenize_conversation
 from tests.training.chat_tokenizers import CHATML, LLAMA3, NOT_BY_PREFIX, ChatTokenizer, train
 
 PIECES = [
@@ -133,7 +135,7 @@ def test_corpus_gives_back_every_document(tmp_path, tokenizer, conversations):
         assert corpus.lengths[index] == len(stored_ids)
     assert corpus.token_count == sum(min(len(ids), 50) for ids, _ in kept)
     assert corpus.assistant_token_count == sum(mask[:50].sum() for _, mask in kept)
-    assert np.load(tmp_path / "c" / "tokens.npy").dtype == np.uint16
+    assert np.load(tmp_path / "c" / "tokens-00000.npy").dtype == np.uint16
 
 
 def test_large_vocabulary_is_stored_whole(tmp_path, tokenizer, conversations):
@@ -176,15 +178,97 @@ def test_failed_build_leaves_nothing(tmp_path, tokenizer, conversations):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_shards_read_as_one(tmp_path, tokenizer, conversations):
+    info = build_corpus(tokenizer, conversations, tmp_path / "one", 50)
+    sharded = build_corpus(tokenizer, conversations, tmp_path / "many", 50, shard_tokens=170)
+    assert info.shards == 1
+    assert sharded.shards > 5
+    one, many = Corpus.open(tmp_path / "one"), Corpus.open(tmp_path / "many")
+    sizes = [len(np.load(path)) for path in sorted((tmp_path / "many").glob("tokens-*.npy"))]
+    assert len(sizes) == sharded.shards
+    assert max(sizes) <= 170
+    assert sum(sizes) == one.token_count == many.token_count
+    np.testing.assert_array_equal(one.lengths, many.lengths)
+    for index in range(len(one)):
+        for a, b in zip(one.document(index), many.document(index), strict=True):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(one.token_counts(500), many.token_counts(500))
+    assert one.token_counts(500).sum() == one.token_count
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3])
+@pytest.mark.parametrize("content", ["The end", "\n\nassistant 123\n", "end", "im_end 日本"])
+def test_cut_turn_has_no_end(template, content):
+    tokenizer = ChatTokenizer(template, train(splits=True))
+    before = [
+        {"role": "user", "content": "123"}, {"role": "assistant", "content": "é"},
+        {"role": "user", "content": "user"},
+    ]  # fmt: skip
+    cut = {"role": "assistant", "content": content} | CUT
+    never = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "never"}]
+    ids, mask = tokenize_conversation(tokenizer, [*before, cut, *never])
+    prompt = tokenizer.render_chat(before)
+    text = prompt + (content.strip() if template == LLAMA3 else content)
+    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    assert ids.tolist() == encoding.ids
+    first = len(tokenizer.render_chat(before[:1]))
+    inside = {*range(first, first + len("é" + ENDS[template])), *range(len(prompt), len(text))}
+    assert mask.tolist() == [start in inside for start, _ in encoding.offsets]
+    assert sum(token in tokenizer.eos_token_ids for token in ids[mask]) == 1  # of the turn before
+
+
+def test_conversation_without_an_assistant_turn_is_skipped(tmp_path, tokenizer):
+    silent = [{"role": "user", "content": "The end"}]
+    info = build_corpus(
+        tokenizer, [silent, [*silent, {"role": "assistant", "content": "x"}]], tmp_path / "c", 50
+    )
+    assert (info.documents, info.skipped) == (1, 1)
+
+
+def test_conversation_that_the_template_refuses_is_counted(tmp_path, tokenizer):
+    render = tokenizer.render_chat
+
+    def refuses(messages, add_generation_prompt=True):
+        if messages[0]["content"] == "no":
+            raise AquilineError("messages: refused by the chat template")
+        return render(messages, add_generation_prompt)
+
+    tokenizer.render_chat = refuses
+    chats = [
+        [{"role": "user", "content": text}, {"role": "assistant", "content": "x"}]
+        for text in ("no", "The end")
+    ]
+    info = build_corpus(tokenizer, chats, tmp_path / "c", 50)
+    assert (info.documents, info.skipped, info.refused) == (1, 0, 1)
+    with pytest.raises(DataError, match="of 1 conversations the chat template refuses 1"):
+        build_corpus(tokenizer, chats[:1], tmp_path / "d", 50)
+
+
+def test_beginning_of_a_long_conversation_costs_little_and_is_the_same(tmp_path, tokenizer):
+    """10 MB in one message, and 30,000 messages: only what is kept is rendered and tokenised."""
+    short = [{"role": "user", "content": "a b " * 20}, {"role": "assistant", "content": "The end"}]
+    talk = short * 15_000
+    text = [short[0], {"role": "assistant", "content": "日本 The end. " * 800_000}, *short]
+    started = time.perf_counter()
+    build_corpus(tokenizer, [talk, text], tmp_path / "c", 300)
+    assert time.perf_counter() - started < 5
+    corpus = Corpus.open(tmp_path / "c")
+    beginnings = talk[:20], [text[0], {"role": "assistant", "content": "日本 The end. " * 300}]
+    for index, whole in enumerate(beginnings):
+        ids, mask = tokenize_conversation(tokenizer, whole)
+        np.testing.assert_array_equal(corpus.document(index)[0], ids[:300])
+        np.testing.assert_array_equal(corpus.document(index)[1], mask[:300])
+
+
 @pytest.mark.parametrize("damage", ["delete", "shorten", "format", "field"])
 def test_damaged_corpus_is_refused(tmp_path, tokenizer, conversations, damage):
     folder = tmp_path / "c"
     build_corpus(tokenizer, conversations, folder, 50)
     meta = json.loads((folder / "meta.json").read_text())
     if damage == "delete":
-        (folder / "mask.npy").unlink()
+        (folder / "mask-00000.npy").unlink()
     elif damage == "shorten":
-        np.save(folder / "tokens.npy", np.load(folder / "tokens.npy")[:-1])
+        np.save(folder / "tokens-00000.npy", np.load(folder / "tokens-00000.npy")[:-1])
     else:
         meta |= {"format": 99} if damage == "format" else {"unknown": 1}
         (folder / "meta.json").write_text(json.dumps(meta))
