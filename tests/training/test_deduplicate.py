@@ -57,6 +57,18 @@ def test_planted_near_duplicates_are_found_and_the_first_stays():
     assert again == kept
 
 
+def test_threshold_decides_what_is_near():
+    """Pairs with 0.65 of their shingles in common."""
+    random_ = random.Random(5)
+    pairs = []
+    for _ in range(40):
+        common = words(random_, 237)
+        pairs += [" ".join(common + words(random_, 63)) for _ in range(2)]
+    near = {at: deduplicate(entries(*pairs), at)[1].near for at in (0.5, 0.8)}
+    assert near[0.8] == 0
+    assert near[0.5] > 10
+
+
 def test_texts_without_words_are_like_nothing_else():
     texts = ("", "?", "a", "!", "a!", "b c")
     conversations = [[{"role": "user", "content": text}] for text in texts]
