@@ -174,14 +174,7 @@ def _watch(run: Trainer, out: Path, origin: Path | None, console: Console) -> di
     best = finished.best
     if best is not None:
         console.print(f"draft -> {out / 'draft'}, of step {best[0]}, held-out TPC {best[1]:.3f}")
-    return {
-        "draft": str(out / "draft"),
-        "tokens": run.mark.step * run.batches * config.tokens_per_batch,
-        "best_step": best and best[0], "tokens_per_call": best and round(best[1], 4),
-        "last": finished.acceptance and dataclasses.asdict(finished.acceptance),
-        "stopped_early": finished.stopped, "config": settings, "torch": torch.__version__,
-        "device": str(run.teacher.device), "ranks": run.world.size,
-    }  # fmt: skip
+    return {"draft": str(out / "draft"), **run.summary(finished)}
 
 
 def _line(reading: Reading) -> str:

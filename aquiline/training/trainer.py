@@ -11,11 +11,14 @@ between, the first step whose gradient is not finite, is kept on the device.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +45,7 @@ from aquiline.training.student import Student
 from aquiline.training.teacher import LlamaTeacher, Teacher
 
 CHAIN = TreeShape.chain(3)
+SUMMARY = "summary.json"  # in the run's folder
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,7 @@ class Trainer:
         self.batches = config.accumulate * world.size
         self.schedule = Schedule.of(config, self.batches)
         self.mark = Mark(batches=self.batches)
+        self._epoch = 0.0
 
     def run(
         self, out: Path, report: Callable[[Progress], None], origin: Path | None = None
@@ -109,7 +114,7 @@ class Trainer:
             window = Window(self.world, feed, self.mark.step)
             while self.mark.step < self.schedule.steps and not stopped:
                 rate = self.schedule.rate(self.mark.step, self.mark.restarted)
-                epoch = self._update(feed, window, rate)
+                self._epoch = epoch = self._update(feed, window, rate)
                 step = self.mark.step
                 due = step % config.eval_every == 0 or step == self.schedule.steps
                 if not due and step % config.log_every:
@@ -122,7 +127,24 @@ class Trainer:
                     stopped = self._overtrained()
                 report(progress)
                 window = Window(self.world, feed, step)
-        return Finished(self.mark.best, acceptance, stopped)
+        finished = Finished(self.mark.best, acceptance, stopped)
+        if self.world.rank == 0:
+            (out / SUMMARY).write_text(json.dumps(self.summary(finished), indent=1) + "\n")
+        return finished
+
+    def summary(self, finished: Finished) -> dict[str, Any]:
+        """What the run came to; kept beside its draft."""
+        config, best = self.config, finished.best
+        return {
+            "tokens": self.mark.step * self.batches * config.tokens_per_batch,
+            "epochs": round(self._epoch, 3), "layers": config.layers,
+            "objective": described(config), "best_step": best and best[0],
+            "tokens_per_call": best and round(best[1], 4),
+            "last": finished.acceptance and dataclasses.asdict(finished.acceptance),
+            "stopped_early": finished.stopped, "config": dataclasses.asdict(config),
+            "torch": torch.__version__, "device": str(self.teacher.device),
+            "ranks": self.world.size,
+        }  # fmt: skip
 
     def _resume(self, saved: Checkpoints, origin: Path | None) -> None:
         state = self.optimizer.state() | self._vocabulary()
@@ -230,6 +252,14 @@ class Trainer:
                 f"max_length={config.max_length}; lower it or raise holdout={config.holdout}"
             )
         return prompts
+
+
+def described(config: TrainConfig) -> str:
+    """The objective in a few words: "eagle", "eagle3 lk, unroll 3"."""
+    words = f"eagle3 {config.objective}" if config.method == "eagle3" else config.objective
+    if config.method == "eagle" and config.objective != "eagle" and config.weight_of_regression:
+        words += f" + {config.weight_of_regression:g} {config.regression}"
+    return words if config.unroll == 1 else f"{words}, unroll {config.unroll}"
 
 
 def frequent_tokens(counts: Tensor, size: int) -> Tensor:

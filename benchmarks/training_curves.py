@@ -1,0 +1,150 @@
+"""Train the drafts that the quality table compares, one after another on one card.
+
+    aquiline data --out runs/corpus --tokenize
+    python -m benchmarks.training_curves --data runs/corpus --out runs/curves [--only NAME ...]
+    python -m benchmarks.draft_quality runs/curves/*/draft --out R.json
+
+Each run is the baseline with a change or two. The trunk keeps a constant rate and leaves
+checkpoints all along the token curve, from which short cool-downs make drafts. A run that has a
+summary is not run again, one that was stopped goes on. Prints a line a check; the limit is in
+benchmarks.trainer_speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aquiline.cli.options import BUILT_IN
+from aquiline.engine.loader import choose_device
+from aquiline.models.checkpoint import open_checkpoint
+from aquiline.models.llama import load_llama
+from aquiline.models.registry import resolve
+from aquiline.text.tokenizer import load_tokenizer
+from aquiline.training.config import TrainConfig
+from aquiline.training.corpus import Corpus
+from aquiline.training.packing import Packer
+from aquiline.training.progress import Progress
+from aquiline.training.teacher import LlamaTeacher
+from aquiline.training.trainer import SUMMARY, Trainer
+from benchmarks.common import fingerprint
+
+M = 1_000_000
+TOKENS = 20 * M  # of a run that is no point of the token curve
+POINTS = (4 * M, 8 * M, 16 * M, 32 * M, 64 * M, 128 * M)
+COOL = 0.25  # of a point's tokens
+
+
+@dataclass(frozen=True)
+class Run:
+    """Changes to the baseline; ``origin`` is the run and the tokens that it starts from."""
+
+    changes: dict[str, Any] = field(default_factory=dict)
+    origin: tuple[str, int] | None = None
+
+
+UNROLL = {"unroll": 3, "step_decay": 0.8}
+RUNS: dict[str, Run] = {
+    "baseline": Run(),
+    "baseline-seed-1": Run({"seed": 1}),
+    "layers-1": Run({"layers": 1}),
+    "layers-2": Run({"layers": 2}),
+    "layers-5": Run({"layers": 5}),
+    "kl": Run({"objective": "kl"}),
+    "kl-regression": Run({"objective": "kl", "regression_weight": 1.0}),
+    "lk": Run({"objective": "lk"}),
+    "tv": Run({"objective": "tv"}),
+    "eagle-unroll-3": Run(UNROLL),
+    "kl-unroll-3": Run({"objective": "kl", **UNROLL}),
+    "lk-unroll-3": Run({"objective": "lk", **UNROLL}),
+    "eagle3-kl": Run({"method": "eagle3", "objective": "kl", "layers": 1}),
+    "eagle3-kl-unroll-3": Run({"method": "eagle3", "objective": "kl", "layers": 1, **UNROLL}),
+    "trunk": Run({"tokens": max(POINTS), "decay_tokens": 0, "keep": 100, "eval_every": 122}),
+} | {
+    f"tokens-{point // M}M": Run({"tokens": point, "decay_tokens": int(COOL * point)},
+                                 ("trunk", point - int(COOL * point)))
+    for point in POINTS
+}  # fmt: skip
+
+
+def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
+    base = TrainConfig(
+        target=BUILT_IN, data=str(options.data), tokens=options.tokens,
+        decay_tokens=int(0.3 * options.tokens), warmup_tokens=M, tokens_per_batch=32768,
+        eval_every=10**6, eval_prompts=64, patience=None, device=options.device,
+    )  # fmt: skip
+    return dataclasses.replace(base, **run.changes)
+
+
+class Sweep:
+    """Target, corpus and tokenizer, loaded once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        path = resolve(BUILT_IN)
+        self.tokenizer = load_tokenizer(path)
+        self.corpus = Corpus.open(options.data, self.tokenizer.vocab_size)
+        device = choose_device(options.device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        positions = self.corpus.info.max_length + 256
+        self.teacher = LlamaTeacher(load_llama(open_checkpoint(path), dtype, device, positions))
+
+    def train(self, name: str, run: Run) -> None:
+        out, config = self.options.out / name, config_of(run, self.options)
+        if (out / SUMMARY).exists():
+            return
+        packer = Packer(self.corpus, config.tokens_per_batch, config.seed, config.holdout)
+        trainer = Trainer(config, self.teacher, self.tokenizer, packer)
+        started = time.perf_counter()
+        speeds: list[float] = []
+
+        def report(reading: Progress) -> None:
+            speeds.append(reading.tokens_per_second)
+            if reading.acceptance is not None:
+                depths = " ".join(f"{share:.3f}" for share in reading.acceptance.by_depth)
+                print(
+                    f"{name:20} {reading.tokens / M:7.1f}M epoch {reading.epoch:.2f} "
+                    f"TPC {reading.acceptance.tokens_per_call:.3f} ({depths}) "
+                    f"{sorted(speeds)[len(speeds) // 2] / 1e3:.0f}k tok/s "
+                    f"{time.perf_counter() - started:.0f} s", flush=True,
+                )  # fmt: skip
+
+        trainer.run(out, report, self._origin(run, config))
+        if name != "trunk":  # moments are of no use any more
+            for folder in out.glob("step-*"):
+                shutil.rmtree(folder)
+
+    def _origin(self, run: Run, config: TrainConfig) -> Path | None:
+        if run.origin is None:
+            return None
+        name, tokens = run.origin
+        steps = {
+            int(p.name.removeprefix("step-")): p for p in (self.options.out / name).glob("step-*")
+        }
+        wanted = tokens // config.tokens_per_batch
+        return steps[min(steps, key=lambda step: abs(step - wanted))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True, help="a corpus folder of aquiline data")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    print(fingerprint(choose_device(options.device)), flush=True)
+    sweep = Sweep(options)
+    for name in options.only:
+        sweep.train(name, RUNS[name])
+
+
+if __name__ == "__main__":
+    main()
