@@ -66,6 +66,7 @@ def diagnose(files: DraftFiles, target: Llama) -> list[Finding]:
         _embedding(files, target.embed_tokens.weight), _rope(files, config, target.config),
         _context(files, target.config),
     ]  # fmt: skip
+    findings.append(_tied_head(files))
     findings += _eagle3(files, config, target) if files.method == "eagle3" else [_bias(files)]
     return findings
 
@@ -215,9 +216,9 @@ def _context(files: DraftFiles, target: LlamaConfig) -> Finding:
     if isinstance(stated, int) and stated < needed:
         return Finding(
             "context",
-            f"max_position_embeddings {stated}, the target's is {needed}: past it SGLang's draft "
-            "turns positions wrongly and older vLLMs stop drafting",
-            OTHERS, f"write max_position_embeddings {needed}",
+            f"max_position_embeddings {stated}, the target's is {needed}: SGLang stops, or reads "
+            "past the rope table where told to go on, as vLLM before 0.32 did",
+            ("sglang",), f"write max_position_embeddings {needed}",
         )  # fmt: skip
     return Finding("context", f"{stated} positions; the target has {needed}")
 
@@ -250,7 +251,6 @@ def _eagle3(files: DraftFiles, config: LlamaConfig, target: Llama) -> Iterator[F
     yield _taps(files, target.config)
     yield _residual(files)
     yield _vocabulary_maps(files, target.config.vocab_size)
-    yield _tied_head(files)
     if config.num_layers > 1:
         yield _later_norms(files, config.num_layers)
 
@@ -343,12 +343,17 @@ def holds_ids(offsets: Tensor, marks: Tensor | None, vocab: int) -> bool:
 
 
 def _tied_head(files: DraftFiles) -> Finding:
-    if files.shape.get("tie_word_embeddings"):
-        return Finding(
-            "tied head", "tie_word_embeddings is true: SGLang skips lm_head and drafts with the "
-            "embedding", ("sglang",), "set tie_word_embeddings to false",
-        )  # fmt: skip
-    return Finding("tied head", "the draft has a head of its own")
+    if not files.shape.get("tie_word_embeddings"):
+        return Finding("tied head", "no: the draft's head is not its embedding")
+    does = (
+        "skips lm_head and drafts with the embedding"
+        if files.method == "eagle3"
+        else "stops at start, replacing one weight twice"
+    )
+    return Finding(
+        "tied head", f"tie_word_embeddings is true: SGLang {does}", ("sglang",),
+        "set tie_word_embeddings to false",
+    )  # fmt: skip
 
 
 def _later_norms(files: DraftFiles, layers: int) -> Finding:

@@ -137,7 +137,7 @@ TRAPS: dict[str, tuple[str, Callable[..., DraftFiles], str, tuple[str, ...], str
         "eagle", config(rope_scaling={"rope_type": "linear", "factor": 2.0}), "rope", ALL, "scaled"
     ),
     "2048 positions": (
-        "eagle3", config(max_position_embeddings=2048), "context", ("vllm", "sglang"), "2048"
+        "eagle3", config(max_position_embeddings=2048), "context", ("sglang",), "2048"
     ),
     "a bias promised": ("eagle", config(bias=True), "fc.bias", ("sglang",), "the file has none"),
     "a bias": ("sglang", tensor("fc.bias", spoil(1.0)), "fc.bias", ("vllm",), "not zero"),
@@ -171,6 +171,9 @@ TRAPS: dict[str, tuple[str, Callable[..., DraftFiles], str, tuple[str, ...], str
         "d2t", ALL, "not ascending",
     ),
     "tied head": ("eagle3", config(tie_word_embeddings=True), "tied head", ("sglang",), "lm_head"),
+    "tied EAGLE-1": (
+        "sglang", config(tie_word_embeddings=True), "tied head", ("sglang",), "stops at start"
+    ),
     "no norm for SGLang": (
         "eagle3", tensor(NORM.format("hidden_norm"), None), "later norms", ("sglang",), "all ones"
     ),
