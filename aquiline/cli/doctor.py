@@ -20,9 +20,10 @@ from aquiline.engine.loader import choose_device, choose_dtype
 from aquiline.evaluation.doctor import EXPECTED, EXPECTED_CHAIN, Acceptance, Examination, examine
 from aquiline.layers.linear import pack_linears
 from aquiline.models.checkpoint import open_checkpoint
-from aquiline.models.diagnosis import Engine, Finding, diagnose
+from aquiline.models.diagnosis import diagnose
 from aquiline.models.draft_export import target_shell
 from aquiline.models.draft_files import DraftFiles, read_draft
+from aquiline.models.finding import Engine, Finding
 from aquiline.models.llama import load_llama
 from aquiline.models.registry import resolve
 from aquiline.text.tokenizer import load_tokenizer

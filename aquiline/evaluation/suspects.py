@@ -15,10 +15,11 @@ from torch import Tensor
 
 from aquiline.core.errors import CheckpointError
 from aquiline.models.config import LlamaConfig
-from aquiline.models.diagnosis import STATED_NOTHING, holds_ids
+from aquiline.models.diagnosis import STATED_NOTHING
 from aquiline.models.draft_checkpoint import read_shape
 from aquiline.models.draft_files import SPECULATORS_SHAPE, DraftFiles
 from aquiline.models.eagle3_checkpoint import TAPS, tapped_layers
+from aquiline.models.eagle3_diagnosis import holds_ids
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,6 @@ was read of them: vLLM 0.32 (llama_eagle.py, llama_eagle3.py, gpu_model_runner.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
-
 import torch
 from torch import Tensor
 
@@ -19,36 +15,14 @@ from aquiline.core.errors import CheckpointError
 from aquiline.models.config import LlamaConfig
 from aquiline.models.draft import EagleDraft, draft_views
 from aquiline.models.draft_checkpoint import build_draft, read_shape
-from aquiline.models.draft_files import SPECULATORS_SHAPE, DraftFiles
+from aquiline.models.draft_files import DraftFiles
 from aquiline.models.eagle3 import Eagle3Draft, Eagle3Head, eagle3_views
-from aquiline.models.eagle3_checkpoint import TAPS, rows_differ, tapped_layers
+from aquiline.models.eagle3_checkpoint import rows_differ
+from aquiline.models.eagle3_diagnosis import eagle3_findings
+from aquiline.models.finding import ALL, OTHERS, Engine, Finding
 from aquiline.models.llama import Llama, inverse_frequencies
 
-Engine = Literal["aquiline", "vllm", "sglang"]
-ALL: tuple[Engine, ...] = ("aquiline", "vllm", "sglang")
-OTHERS: tuple[Engine, ...] = ("vllm", "sglang")
 STATED_NOTHING = 10000.0  # the rope theta of engines whose draft config states none
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check.
-
-    Attributes:
-        check: its name.
-        says: what was found and, if that is bad, what it does.
-        engines: those that would lose acceptance or not load; none if all is well.
-        remedy: what to do; empty if all is well.
-    """
-
-    check: str
-    says: str
-    engines: tuple[Engine, ...] = ()
-    remedy: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return not self.engines
 
 
 def diagnose(files: DraftFiles, target: Llama) -> list[Finding]:
@@ -67,7 +41,9 @@ def diagnose(files: DraftFiles, target: Llama) -> list[Finding]:
         _context(files, target.config),
     ]  # fmt: skip
     findings.append(_tied_head(files))
-    findings += _eagle3(files, config, target) if files.method == "eagle3" else [_bias(files)]
+    findings += (
+        eagle3_findings(files, config, target) if files.method == "eagle3" else [_bias(files)]
+    )
     return findings
 
 
@@ -247,101 +223,6 @@ def _bias(files: DraftFiles) -> Finding:
     )  # fmt: skip
 
 
-def _eagle3(files: DraftFiles, config: LlamaConfig, target: Llama) -> Iterator[Finding]:
-    yield _taps(files, target.config)
-    yield _residual(files)
-    yield _vocabulary_maps(files, target.config.vocab_size)
-    if config.num_layers > 1:
-        yield _later_norms(files, config.num_layers)
-
-
-def _taps(files: DraftFiles, target: LlamaConfig) -> Finding:
-    """Trap 2: one name, two meanings."""
-    top = files.config.get(TAPS)
-    nested = (files.config.get("eagle_config") or {}).get(TAPS)
-    try:
-        taps = list(tapped_layers(files.source, files.config, target))
-    except CheckpointError as error:
-        says = str(error).removeprefix(f"{files.source}: ")
-        return Finding("taps", says, ALL, "list ascending layers of the target")
-    default = [2, target.num_layers // 2, target.num_layers - 3]
-    if top is None and nested is None:
-        return Finding("taps", f"not stated; every engine taps the inputs of layers {taps}")
-    if top == [layer - 1 for layer in default]:
-        return Finding(
-            "taps",
-            f"{TAPS} {top} looks like SGLang's meaning (outputs): vLLM and aquiline read inputs "
-            f"of layers, one too early; the usual ones are {default}",
-            ("aquiline", "vllm"), "move the list into eagle_config and write each plus one above",
-        )  # fmt: skip
-    if top is None:
-        return Finding(
-            "taps",
-            f"only eagle_config.{TAPS} {nested} (outputs of layers): vLLM reads it as inputs, one "
-            "too early",
-            ("vllm",), f"add {TAPS} {taps} at the top level",
-        )  # fmt: skip
-    if nested is None and taps != default:
-        return Finding(
-            "taps", f"only {TAPS} {top} at the top level: SGLang ignores it and taps {default}",
-            ("sglang",), f"add eagle_config.{TAPS} {[tap - 1 for tap in taps]}",
-        )  # fmt: skip
-    return Finding("taps", f"the inputs of layers {taps}, in every engine")
-
-
-def _residual(files: DraftFiles) -> Finding:
-    value: Any = files.config.get("norm_before_residual")
-    if value is None and SPECULATORS_SHAPE in files.config:
-        return Finding(
-            "norm_before_residual", "not stated: vLLM and aquiline take true, as this layout has "
-            "it", ("sglang",), "state it; SGLang computes false alone",
-        )  # fmt: skip
-    if value:
-        return Finding(
-            "norm_before_residual", "true: SGLang computes false all the same", ("sglang",),
-            "serve it with vLLM, or train with false",
-        )  # fmt: skip
-    return Finding("norm_before_residual", "false, as every engine computes it")
-
-
-def _vocabulary_maps(files: DraftFiles, vocab: int) -> Finding:
-    """Trap 6: rows of the head and the tokens they stand for."""
-    offsets, marks = files.tensors.get("d2t"), files.tensors.get("t2d")
-    if offsets is None:
-        return Finding("d2t", "none: the draft says the whole vocabulary")
-    rows = torch.arange(len(offsets))
-    if holds_ids(offsets, marks, vocab):
-        return Finding(
-            "d2t", "holds token ids; every engine adds the row's own number to them", ALL,
-            "subtract it: d2t[i] = id - i",
-        )  # fmt: skip
-    ids = offsets + rows
-    if int(ids.min()) < 0 or int(ids.max()) >= vocab or len(set(ids.tolist())) < len(ids):
-        return Finding(
-            "d2t", "leads outside the vocabulary or to one token twice", ALL,
-            "take the one that was saved with this lm_head",
-        )  # fmt: skip
-    if marks is not None and not torch.equal((marks != 0).nonzero().flatten(), ids.sort().values):
-        return Finding(
-            "d2t", "t2d marks other tokens; one of the two is of another vocabulary, which no "
-            "engine but aquiline notices", ALL, "take those saved with this lm_head",
-        )  # fmt: skip
-    if not bool((ids.diff() > 0).all()):
-        return Finding(
-            "d2t", "its tokens are not ascending: rows of lm_head may have been pinned to another "
-            "order", ALL, "resume with the d2t that the head was trained with",
-        )  # fmt: skip
-    return Finding("d2t", f"{len(ids)} of {vocab} tokens, offsets, in agreement with t2d")
-
-
-def holds_ids(offsets: Tensor, marks: Tensor | None, vocab: int) -> bool:
-    """Whether ``d2t`` lists token ids instead of offsets; without ``t2d`` only if it is plain."""
-    if marks is not None:
-        return torch.equal((marks != 0).nonzero().flatten(), offsets.sort().values)
-    outside = int((offsets + torch.arange(len(offsets))).max()) >= vocab
-    return outside and bool((offsets.diff() > 0).all())
-
-
 def _tied_head(files: DraftFiles) -> Finding:
     if not files.shape.get("tie_word_embeddings"):
         return Finding("tied head", "no: the draft's head is not its embedding")
@@ -354,16 +235,3 @@ def _tied_head(files: DraftFiles) -> Finding:
         "tied head", f"tie_word_embeddings is true: SGLang {does}", ("sglang",),
         "set tie_word_embeddings to false",
     )  # fmt: skip
-
-
-def _later_norms(files: DraftFiles, layers: int) -> Finding:
-    """Trap 3: one norm, two names."""
-    readers: dict[str, Engine] = {"input_layernorm": "vllm", "hidden_norm": "sglang"}
-    for name, engine in readers.items():
-        absent = [i for i in range(1, layers) if f"layers.{i}.{name}.weight" not in files.tensors]
-        if absent:
-            return Finding(
-                "later norms", f"layers {absent} have no {name}, which {engine} reads: it stays "
-                "all ones", (engine,), "aquiline export --format eagle3",
-            )  # fmt: skip
-    return Finding("later norms", "under both of their names")

@@ -39,6 +39,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_help_names_both() -> None:
+    done = run("--help")
+    assert all(command in done.output for command in ("export", "doctor"))
+
+
 def test_export_then_doctor(root: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = run("export", root / "draft", "--target", root / "target", "--out", out, "--json")

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquiline.models.diagnosis import Finding, diagnose
+from aquiline.models.diagnosis import diagnose
 from aquiline.models.draft import DraftHead
 from aquiline.models.draft_checkpoint import LoadedDraft
 from aquiline.models.draft_export import DraftFormat, export_draft
 from aquiline.models.draft_files import DraftFiles, read_draft
 from aquiline.models.eagle3 import random_eagle3
+from aquiline.models.finding import Finding
 from aquiline.models.llama import Llama
 from tests.tiny_checkpoint import make_draft, tiny_config
 
