@@ -28,7 +28,7 @@ def light_draft(
     layers: int,
     target: Llama,
     texts: Sequence[Sequence[int]],
-    steps: int = 80,
+    steps: int = 60,
 ) -> LoadedDraft:
     """A draft of ``target`` that has seen ``texts`` (token ids, prompts included) ``steps`` times.
 

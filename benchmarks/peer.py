@@ -37,7 +37,7 @@ from aquiline.models.llama import load_llama
 from aquiline.models.registry import resolve, shipped_draft
 from aquiline.text.gguf_tokenizer import load_gguf_tokenizer
 from aquiline.text.tokenizer import load_tokenizer
-from benchmarks.common import stamp, write_result
+from benchmarks.common import commit, stamp, write_result
 from benchmarks.light_draft import light_draft
 
 CONTEXT = 2048
@@ -192,7 +192,7 @@ class Comparison:
             "ratio": round(mine.tokens_per_call / theirs.tokens_per_call, 4),
             "ours_by_depth": [round(share, 4) for share in mine.by_depth],
             "vllm_by_depth": [round(share, 4) for share in theirs.by_depth],
-            "peer": f"vllm {version}",
+            "peer": f"vllm {version}", "commit": commit(),
         }  # fmt: skip
 
 

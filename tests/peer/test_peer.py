@@ -30,7 +30,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     assert PYTHON is not None
-    return Comparison(PYTHON, 20, 64, 3, tmp_path_factory.mktemp("peer"))
+    return Comparison(PYTHON, 20, 48, 3, tmp_path_factory.mktemp("peer"))
 
 
 def agree(row: dict[str, Any]) -> None:
