@@ -140,7 +140,7 @@ class Report:
             style="dim",
         )
         for tried in acceptance.tried:
-            console.print(f"  {tried.tokens_per_call:.2f} were it that {tried.cause}", style="dim")
+            console.print(f"  {tried.tokens_per_call:.2f} supposing: {tried.cause}", style="dim")
         for complaint in acceptance.complaints:
             console.print(f"[red]problem[/] {complaint}")
         for cause in acceptance.causes:

@@ -81,10 +81,11 @@ def eagle3_tensors(draft: Draft, head: Head | None) -> dict[str, Tensor]:
         tensors[f"layers.{index}.hidden_norm.weight"] = norm.clone()
     if head.embed_tokens is not None:
         tensors["embed_tokens.weight"] = head.embed_tokens.weight
-    rows, vocab = head.lm_head.weight.shape[0], draft.config.vocab_size
-    ids = torch.arange(rows) if head.token_ids is None else head.token_ids.cpu()
-    tensors["d2t"] = ids - torch.arange(rows)
-    tensors["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill_(0, ids, True)
+    ids = None if head.token_ids is None else head.token_ids.cpu()
+    if ids is not None:  # vLLM has no place for the maps of a whole vocabulary
+        vocab = draft.config.vocab_size
+        tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill_(0, ids, True)
     return tensors
 
 

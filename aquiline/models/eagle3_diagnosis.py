@@ -78,6 +78,11 @@ def _vocabulary_maps(files: DraftFiles, vocab: int) -> Finding:
     offsets, marks = files.tensors.get("d2t"), files.tensors.get("t2d")
     if offsets is None:
         return Finding("d2t", "none: the draft says the whole vocabulary")
+    if len(offsets) == vocab:
+        return Finding(
+            "d2t", "there although the draft has the whole vocabulary: vLLM refuses the key",
+            ("vllm",), "aquiline export --format eagle3",
+        )  # fmt: skip
     rows = torch.arange(len(offsets))
     if holds_ids(offsets, marks, vocab):
         return Finding(

@@ -18,7 +18,7 @@ from aquiline.models.draft_checkpoint import read_shape
 from aquiline.models.draft_files import DraftFiles, read_draft
 from aquiline.models.eagle3_checkpoint import TAPS
 from aquiline.models.llama import Llama, load_llama
-from tests.tiny_checkpoint import CYCLE, IM_END, write_draft, write_eagle3, write_target
+from tests.tiny_checkpoint import CYCLE, IM_END, VOCAB, write_draft, write_eagle3, write_target
 
 LAYERS, D = 5, 32
 LOUD = 1e4
@@ -132,7 +132,7 @@ def test_ids_for_offsets(eagle3: DraftFiles, target: Llama) -> None:
         with_tensors(eagle3, lm_head__weight=eagle3.tensors["lm_head.weight"][ids]),
         draft_vocab_size=len(ids),
     )
-    marks = torch.zeros(len(eagle3.tensors["t2d"]), dtype=torch.bool).index_fill_(0, ids, True)
+    marks = torch.zeros(VOCAB, dtype=torch.bool).index_fill_(0, ids, True)
     good = with_tensors(reduced, d2t=ids - torch.arange(len(ids)), t2d=marks)
     base = seen(good, target)
     assert base.greedy is not None
@@ -176,7 +176,7 @@ def test_eagle3_suspects_change_what_they_name(eagle3: DraftFiles, target: Llama
     assert tried["norm_before_residual is True"].config["norm_before_residual"] is True
     shifted = tried["the tapped layers are one too low"]
     assert shifted.config[TAPS] == [2, 3, 4]
-    unordered = eagle3.tensors["d2t"].clone()
+    unordered = torch.zeros(VOCAB, dtype=torch.int64)
     unordered[0], unordered[1] = 1, -1  # rows 0 and 1 say tokens 1 and 0
     cause = "rows of lm_head are in the order of ascending tokens, d2t is not"
     sorted_ = causes(with_tensors(eagle3, d2t=unordered), target)[cause]

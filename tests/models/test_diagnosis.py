@@ -20,7 +20,7 @@ from aquiline.models.draft_files import DraftFiles, read_draft
 from aquiline.models.eagle3 import random_eagle3
 from aquiline.models.finding import Finding
 from aquiline.models.llama import Llama
-from tests.tiny_checkpoint import make_draft, tiny_config
+from tests.tiny_checkpoint import VOCAB, make_draft, tiny_config
 
 TAPS = "eagle_aux_hidden_state_layer_ids"
 ROPE: dict[str, Any] = {"rope_theta": 5e5}
@@ -170,6 +170,10 @@ TRAPS: dict[str, tuple[str, Callable[..., DraftFiles], str, tuple[str, ...], str
     "d2t out of order": (
         "eagle3", tensor("d2t", lambda t: (t + torch.arange(40)).flip(0) - torch.arange(40)),
         "d2t", ALL, "not ascending",
+    ),
+    "d2t of a whole vocabulary": (
+        "eagle3", tensor("d2t", lambda t: torch.zeros(VOCAB, dtype=torch.int64)), "d2t", ("vllm",),
+        "refuses",
     ),
     "tied head": ("eagle3", config(tie_word_embeddings=True), "tied head", ("sglang",), "lm_head"),
     "tied EAGLE-1": (
