@@ -49,4 +49,4 @@ def test_stored_draft(folder: Path, comparison: Comparison) -> None:
 def test_draft_trained_on_the_spot(kind: str, comparison: Comparison) -> None:
     row = comparison.light(*light_kind(kind))
     agree(row)
-    assert row["ours"] > 1.2, row
+    assert row["ours"] > 1.1, row  # well above a draft that knows nothing
