@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from aquiline.cli import bench, chat, data, demo, evaluate, generate, train, tune
+from aquiline.cli import bench, chat, data, demo, doctor, evaluate, export, generate, train, tune
 from aquiline.core.errors import AquilineError
 
 app = typer.Typer(
@@ -24,6 +24,8 @@ app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("tune")(tune.tune)
 app.command("bench")(bench.bench)
+app.command("export")(export.export)
+app.command("doctor")(doctor.doctor)
 
 
 def main() -> None:

@@ -18,28 +18,16 @@ from aquiline.core.errors import CheckpointError
 from aquiline.distributed.ranks import SINGLE
 from aquiline.models.config import LlamaConfig
 from aquiline.models.draft import Draft, Head
+from aquiline.models.draft_files import SPECULATORS_SHAPE
 from aquiline.models.eagle3 import Eagle3Draft, Eagle3Head, default_taps, eagle3_views
 from aquiline.models.llama import Llama
 from aquiline.models.names import fill
 
 TAPS = "eagle_aux_hidden_state_layer_ids"
-SPECULATORS_SHAPE = "transformer_layer_config"
-# What some trainers call a Llama with this wiring.
-ARCHITECTURES = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator")
 # Variants of the wiring that the module does not compute.
 UNIMPLEMENTED = ("norm_before_fc", "fc_norm", "norm_output")
 EMBEDDING_TOLERANCE = 1e-2  # relative, row by row: a rounding to bf16 is not a difference
 CHUNK = 8192  # embedding rows compared at once
-
-
-def layer_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a draft's config.json that describes a Llama, under Llama's own name."""
-    nested = raw.get(SPECULATORS_SHAPE)
-    shape = dict(nested if isinstance(nested, dict) else raw)
-    names = shape.get("architectures") or []
-    if nested is None and names and names[0] in ARCHITECTURES:
-        shape["architectures"] = ["LlamaForCausalLM"]
-    return shape
 
 
 def build_eagle3(
@@ -93,10 +81,11 @@ def eagle3_tensors(draft: Draft, head: Head | None) -> dict[str, Tensor]:
         tensors[f"layers.{index}.hidden_norm.weight"] = norm.clone()
     if head.embed_tokens is not None:
         tensors["embed_tokens.weight"] = head.embed_tokens.weight
-    rows, vocab = head.lm_head.weight.shape[0], draft.config.vocab_size
-    ids = torch.arange(rows) if head.token_ids is None else head.token_ids.cpu()
-    tensors["d2t"] = ids - torch.arange(rows)
-    tensors["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill_(0, ids, True)
+    ids = None if head.token_ids is None else head.token_ids.cpu()
+    if ids is not None:  # vLLM has no place for the maps of a whole vocabulary
+        vocab = draft.config.vocab_size
+        tensors["d2t"] = ids - torch.arange(len(ids))
+        tensors["t2d"] = torch.zeros(vocab, dtype=torch.bool).index_fill_(0, ids, True)
     return tensors
 
 
@@ -204,14 +193,19 @@ def _token_ids(
 
 def _own_embedding(own: Tensor | None, target: Tensor) -> Tensor | None:
     """``own``, of the target's shape, unless it is the target's within rounding."""
-    if own is None:
+    if own is None or not rows_differ(own, target):
         return None
+    return own.to(target.device, target.dtype)
+
+
+def rows_differ(own: Tensor, target: Tensor) -> int:
+    """How many rows of an embedding are not the target's, roundings to bf16 aside."""
+    count = 0
     for mine, theirs in zip(torch.split(own, CHUNK), torch.split(target, CHUNK), strict=True):
         theirs = theirs.float()
         gap = (mine.to(theirs.device).float() - theirs).norm(dim=-1)
-        if bool((gap > EMBEDDING_TOLERANCE * theirs.norm(dim=-1)).any()):
-            return own.to(target.device, target.dtype)
-    return None
+        count += int((gap > EMBEDDING_TOLERANCE * theirs.norm(dim=-1)).sum())
+    return count
 
 
 def _one_norm_a_layer(source: str, tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:

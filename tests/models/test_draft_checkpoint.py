@@ -136,6 +136,55 @@ def test_reduced_vocabulary_with_a_token_twice_is_refused(folder: Path, target: 
         load_draft(folder, target, 16)
 
 
+PUBLIC = {  # as published beside EAGLE-1 weights of Llama models; shrunk
+    "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+    "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02, "intermediate_size": 48,
+    "max_position_embeddings": 2048, "model_type": "llama", "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 1, "pad_token_id": 0, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "tie_word_embeddings": False,
+    "torch_dtype": "float16", "transformers_version": "4.31.0", "use_cache": True,
+    "vocab_size": VOCAB, "bias": False,
+}  # fmt: skip
+SHAPES = {
+    "embed_tokens.weight": (VOCAB, 32), "fc.weight": (32, 64),
+    "layers.0.self_attn.q_proj.weight": (32, 32), "layers.0.self_attn.k_proj.weight": (16, 32),
+    "layers.0.self_attn.v_proj.weight": (16, 32), "layers.0.self_attn.o_proj.weight": (32, 32),
+    "layers.0.mlp.gate_proj.weight": (48, 32), "layers.0.mlp.up_proj.weight": (48, 32),
+    "layers.0.mlp.down_proj.weight": (32, 48), "layers.0.post_attention_layernorm.weight": (32,),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "LlamaForCausalLMEagle"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_public_draft_loads(bias: bool, architecture: str, tmp_path: Path, target: Llama) -> None:
+    torch.manual_seed(1)
+    tensors = {name: torch.randn(shape).half() for name, shape in SHAPES.items()}
+    tensors["layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    if bias:
+        tensors["fc.bias"] = torch.randn(32).half()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    config = PUBLIC | {"architectures": [architecture], "bias": bias}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    draft = load_draft(tmp_path, target, 16, "eagle").draft
+    assert isinstance(draft, EagleDraft)
+    assert (draft.fc.bias is not None) == bias
+    held = sum(parameter.numel() for parameter in draft.parameters())
+    named = (n for n in tensors if n != "embed_tokens.weight" and "inv_freq" not in n)
+    assert held == sum(tensors[name].numel() for name in named)
+    assert torch.equal(draft.fc.weight, tensors["fc.weight"].float())
+
+
+def test_metas_llama4_layout_is_refused_with_the_engine_that_runs_it(
+    tmp_path: Path, target: Llama
+) -> None:
+    tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    tensors |= {"layers.0.input_layernorm.weight": torch.ones(32), "norm.weight": torch.ones(32)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(PUBLIC))
+    with pytest.raises(CheckpointError, match="Llama 4 drafts, which only vLLM's EagleLlama4"):
+        load_draft(tmp_path, target, 16)
+
+
 def add(name: str) -> Callable[[dict[str, Tensor]], None]:
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[name] = torch.ones(32)
@@ -205,7 +254,7 @@ def test_damaged_files_are_refused(folder: Path, target: Llama) -> None:
         with pytest.raises(CheckpointError, match=r"model\.safetensors"):
             load_draft(folder, target, 16)
     weights.unlink()
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: not found"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: the file is missing"):
         load_draft(folder, target, 16)
     (folder / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json"):

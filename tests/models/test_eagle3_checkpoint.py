@@ -159,7 +159,7 @@ def test_whole_vocabulary_needs_no_maps(tmp_path: Path, target: Llama) -> None:
     assert head.token_ids is None
     draft, head = make_eagle3(layers=1)
     save_draft(tmp_path, draft, head, None, torch.float32)
-    assert not load_file(tmp_path / "model.safetensors")["d2t"].any()
+    assert not {"d2t", "t2d"} & load_file(tmp_path / "model.safetensors").keys()
     assert load(tmp_path, target)[1].token_ids is None
 
 
@@ -210,21 +210,86 @@ def test_own_embedding_is_kept_only_where_it_differs(tmp_path: Path, target: Lla
     assert torch.equal(again.embed(tokens), head.embed(tokens))
 
 
-@pytest.mark.parametrize("rope", [{}, {"rope_theta": 1e4}, {"rope_scaling": {"type": "yarn"}}])
+def with_rope(folder: Path, wiring: str, rope: dict[str, Any]) -> Path:
+    """A public folder that states ``rope`` and 8 positions."""
+    if wiring == "eagle3":
+        write(folder, public_tensors(), public_config())
+    else:
+        write_draft(folder, layers=1)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("rope_theta", "rope_scaling"):
+        config.pop(name, None)
+    config |= {"max_position_embeddings": 8, **rope}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_theta": None}, {"rope_scaling": None}])
 @pytest.mark.parametrize("wiring", ["eagle", "eagle3"])
-def test_positions_turn_as_the_targets(
+def test_positions_turn_as_the_targets_if_nothing_is_stated(
     wiring: str, rope: dict[str, Any], tmp_path: Path, target: Llama
 ) -> None:
-    if wiring == "eagle3":
-        write(tmp_path, public_tensors(), public_config())
-    else:
-        write_draft(tmp_path, layers=1)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"max_position_embeddings": 8, **rope}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    draft = load_draft(tmp_path, target, 64).draft
+    draft = load_draft(with_rope(tmp_path, wiring, rope), target, 64).draft
     assert torch.equal(draft.rotary.table, target.rotary.table)
     assert draft.config.max_position_embeddings == target.config.max_position_embeddings
+
+
+@pytest.mark.parametrize(
+    ("rope", "theta", "scaled"),
+    [
+        ({"rope_theta": 1e4}, 1e4, False),
+        ({"rope_theta": 5e5, "rope_scaling": None}, 5e5, False),
+        ({"rope_theta": 3e4, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 3e4, True),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 1e4, True),  # the default theta
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}}, 7e4, False),
+    ],
+)
+@pytest.mark.parametrize("wiring", ["eagle", "eagle3"])
+def test_positions_turn_as_stated(
+    wiring: str, rope: dict[str, Any], theta: float, scaled: bool, tmp_path: Path, target: Llama
+) -> None:
+    """It was trained so, and other engines read it so; only its context is not believed."""
+    draft = load_draft(with_rope(tmp_path, wiring, rope), target, 64).draft
+    assert draft.config.rope_theta == theta
+    assert (draft.config.rope_scaling is not None) == scaled
+    turns = theta ** -(torch.arange(0, 8, 2) / 8) / (4.0 if scaled else 1.0)
+    torch.testing.assert_close(draft.rotary.table[1, 0, 0, :4], turns.cos())
+    assert draft.rotary.table.shape[0] == 64
+    assert draft.config.max_position_embeddings == target.config.max_position_embeddings
+
+
+@pytest.mark.parametrize("wiring", ["eagle", "eagle3"])
+def test_rope_that_is_not_implemented_is_refused(
+    wiring: str, tmp_path: Path, target: Llama
+) -> None:
+    with_rope(tmp_path, wiring, {"rope_scaling": {"type": "yarn", "factor": 4.0}})
+    with pytest.raises(CheckpointError, match=rf"{tmp_path.name}: rope_type='yarn'"):
+        load_draft(tmp_path, target, 64)
+
+
+def test_speculators_rope_is_the_nested_one(tmp_path: Path, target: Llama) -> None:
+    nested = public_config(rope_theta=2e4)
+    config = {
+        "architectures": ["Eagle3Speculator"], "draft_vocab_size": ROWS,
+        "norm_before_residual": False, "transformer_layer_config": nested, "rope_theta": 9.0,
+    }  # fmt: skip
+    nested["architectures"] = ["LlamaForCausalLM"]
+    draft, _ = load(write(tmp_path, public_tensors(first="layers.0"), config), target)
+    assert draft.config.rope_theta == 2e4
+
+
+def test_pickled_weights_of_older_public_drafts(tmp_path: Path, target: Llama) -> None:
+    tensors = {name: t.half() if t.is_floating_point() else t for name, t in
+               public_tensors().items()}  # fmt: skip
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(public_config()))
+    _, head = load(tmp_path, target)
+    assert torch.equal(head.lm_head.weight, tensors["lm_head.weight"].float())
+    whole = (tmp_path / "pytorch_model.bin").read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"not a pickle"):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
+            load_draft(tmp_path, target, 64)
 
 
 TAP_CASES: list[tuple[Any, Any, Any]] = [
