@@ -23,7 +23,8 @@ from aquiline.attention.unrolled import UnrolledAttention
 from aquiline.core.errors import AquilineError, CheckpointError
 from aquiline.models.config import LlamaConfig
 from aquiline.models.draft import Draft, DraftHead, EagleDraft, Head, draft_config
-from aquiline.models.draft_checkpoint import save_draft
+from aquiline.models.draft_checkpoint import LoadedDraft, save_draft
+from aquiline.models.draft_export import verify_draft
 from aquiline.models.eagle3 import Eagle3Draft, Eagle3Head, default_taps
 from aquiline.training.config import TrainConfig
 from aquiline.training.objectives import Loss, Rows, objective_loss
@@ -146,7 +147,7 @@ class Student(nn.Module):
         return features + noise.to(features.dtype)
 
     def export(self, folder: Path, token_ids: Tensor | None = None) -> None:
-        """Write the public layout, embedding included.
+        """Write the public layout in bf16, embedding included; it is read back and compared.
 
         ``token_ids`` go to EAGLE-1's side file and choose rows of the head when it serves; an
         EAGLE-3 draft has its own.
@@ -155,7 +156,9 @@ class Student(nn.Module):
         if isinstance(self.draft, EagleDraft):
             head = DraftHead(teacher, token_ids)
         tokens = torch.arange(teacher.config.vocab_size, device=teacher.device)
-        save_draft(folder, self.draft, head, teacher.embed(tokens))
+        save_draft(folder, self.draft, head, teacher.embed(tokens), torch.bfloat16)
+        if isinstance(teacher, LlamaTeacher):
+            verify_draft(folder, LoadedDraft(self.draft, head), teacher.target, torch.bfloat16)
 
 
 def _taps(target: LlamaConfig) -> tuple[int, ...]:
