@@ -23,11 +23,16 @@ from typing import Any
 import torch
 
 from aquiline.cli.options import BUILT_IN
+from aquiline.decoding.models import DecoderModels, Drafter
 from aquiline.engine.loader import choose_device
 from aquiline.models.checkpoint import open_checkpoint
+from aquiline.models.draft import DraftHead
+from aquiline.models.draft_checkpoint import load_draft
 from aquiline.models.llama import load_llama
-from aquiline.models.registry import resolve
+from aquiline.models.registry import resolve, shipped_draft
+from aquiline.speculation.tree import TreeShape
 from aquiline.text.tokenizer import load_tokenizer
+from aquiline.training.acceptance import measure_acceptance
 from aquiline.training.config import TrainConfig
 from aquiline.training.corpus import Corpus
 from aquiline.training.packing import Packer
@@ -96,6 +101,22 @@ class Sweep:
         positions = self.corpus.info.max_length + 256
         self.teacher = LlamaTeacher(load_llama(open_checkpoint(path), dtype, device, positions))
 
+    def yardstick(self) -> None:
+        """The shipped draft on the same held-out prompts, whole vocabulary."""
+        target, config = self.teacher.target, config_of(Run(), self.options)
+        packer = Packer(self.corpus, config.tokens_per_batch, config.seed, config.holdout)
+        prompts = packer.held_out_prompts(
+            config.eval_prompts, config.max_length - config.eval_tokens
+        )
+        folder = shipped_draft(BUILT_IN)
+        assert folder is not None
+        draft = load_draft(folder, target, len(target.rotary.table)).draft
+        found = measure_acceptance(
+            DecoderModels(target, Drafter(draft, DraftHead(target, None))), prompts,
+            TreeShape.chain(3), config.eval_tokens, frozenset(self.tokenizer.eos_token_ids),
+        )  # fmt: skip
+        print(f"{'shipped':20} TPC {found.tokens_per_call:.3f}", flush=True)
+
     def train(self, name: str, run: Run) -> None:
         out, config = self.options.out / name, config_of(run, self.options)
         if (out / SUMMARY).exists():
@@ -142,6 +163,7 @@ def main() -> None:
     options = parser.parse_args()
     print(fingerprint(choose_device(options.device)), flush=True)
     sweep = Sweep(options)
+    sweep.yardstick()
     for name in options.only:
         sweep.train(name, RUNS[name])
 

@@ -11,6 +11,7 @@ per round / tokens per round.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -102,6 +103,7 @@ def _window(
 ) -> Latency:
     """One batch; ``index`` is its first prompt's."""
     engine, latest = llm.engine, dict[int, RequestOutput]()
+    gc.collect()  # a full collection takes as long as dozens of a small model's rounds
     started, firsts = time.perf_counter(), list[float]()
     ids = [engine.add_request(p, _seeded(params, index + i)) for i, p in enumerate(prompts)]
     while len(latest) < len(ids):
