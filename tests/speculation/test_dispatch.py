@@ -406,3 +406,17 @@ def test_an_unreadable_file_is_named(tmp_path: Path, text):
 def test_a_file_that_cannot_be_written(table, tmp_path):
     with pytest.raises(AquilineError, match="writable"):
         table.save(tmp_path / "no" / "table.json")
+
+
+def test_a_tree_hardly_better_than_the_chain_of_three_is_not_chosen():
+    """Whatever was picked before: a table's noise must not lose against what others run."""
+    paths = default_table()
+    chain, other = TreeShape.chain(3), best_tree(paths.mean("coupled"), 7, 4)
+    tokens = {tree: expected_tokens(paths.of("coupled", "greedy"), tree) for tree in (chain, other)}
+    for gain, expected in ((1.015, chain), (1.03, other)):
+        ms = {PLAIN: 1.0, chain: 1.0, other: tokens[other] / tokens[chain] / gain}
+        costs = CostTable(
+            [CostPoint(b, t.size, t.depth, 100 * b, ms[t]) for b in (1, 64) for t in ms]
+        )
+        dispatcher = Dispatcher((other, PLAIN, chain), paths, costs)
+        assert dispatcher.candidates[dispatcher.choose(1, 100, "greedy")] == expected

@@ -21,9 +21,10 @@ from aquiline.speculation.dispatch.paths import BANDS, Band, PathTable, best_tre
 from aquiline.speculation.tree import TreeShape
 
 PLAIN = TreeShape.chain(0)
+FAMILIAR = (PLAIN, TreeShape.chain(3))  # what others run: better by GAIN or not at all
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 KV_STEPS = 4  # KV buckets per doubling
-GAIN = 0.02  # a switch must promise more than this
+GAIN = 0.02  # a switch must promise more than this; a table is no more exact
 # (draft nodes, depth) of a tuned pool: chains for full batches, rich trees for few requests.
 POOL_SIZES = ((1, 1), (2, 2), (3, 3), (5, 5), (7, 4), (15, 5), (23, 5), (31, 5), (63, 7))
 
@@ -94,6 +95,7 @@ class Dispatcher:
             for band in BANDS
         }
         self._current = self._candidates.index(PLAIN)
+        self._familiar = [self._candidates.index(t) for t in FAMILIAR if t in self._candidates]
         self._rates: dict[tuple[int, int, Band], tuple[int, list[float]]] = {}
 
     @property
@@ -101,7 +103,8 @@ class Dispatcher:
         return self._candidates
 
     def choose(self, batch: int, kv_tokens: int, band: Band) -> int:
-        """See TreeChooser. The last pick stays unless the best one is faster by more than 2 %.
+        """See TreeChooser. The last pick stays unless the best one is faster by more than 2 %; the
+        same goes for plain decoding and the chain of 3, in this order.
 
         Rates are computed once per (batch bucket, KV bucket, band), so a call is one look-up. A
         bucket spans a factor of 2^(1/4) in KV tokens and is priced at its middle.
@@ -114,7 +117,8 @@ class Dispatcher:
             found = self._rates[key] = max(range(len(rates)), key=rates.__getitem__), rates
         best, rates = found
         if rates[best] > rates[self._current] * (1 + GAIN):
-            self._current = best
+            near = (i for i in self._familiar if rates[best] <= rates[i] * (1 + GAIN))
+            self._current = next(near, best)
         return self._current
 
     def rate(self, index: int, batch: int, kv_tokens: float, band: Band) -> float:
