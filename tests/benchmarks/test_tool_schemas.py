@@ -9,7 +9,12 @@ import pytest
 
 from aquiline.core.errors import DataError
 from benchmarks.tool_schemas import (
-    FILES, compile_all, json_schema, mask_microseconds, quantiles, tool_calls,
+    FILES,
+    compile_all,
+    json_schema,
+    mask_microseconds,
+    quantiles,
+    tool_calls,
 )  # fmt: skip
 from tests.guided.forms import accepts, grammars
 
