@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from aquiline.core.errors import AquilineError, CheckpointError
 from aquiline.text.gguf_tokenizer import load_gguf_tokenizer
+from aquiline.text.token_bytes import token_bytes
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
@@ -57,6 +58,10 @@ class Tokenizer:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every token; none for those that ``special_token_ids`` names."""
+        return token_bytes(self._backend, self.vocab_size)
 
     def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as the text the model was trained on.

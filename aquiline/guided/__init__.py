@@ -1,0 +1,1 @@
+"""Texts of a given form: grammars, and the tokens they allow at every node of a tree."""

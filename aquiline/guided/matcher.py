@@ -1,0 +1,111 @@
+"""Matcher: where the text of one request stands in its grammar, and what may follow.
+
+    tree     root - "{" - "\"name\""             mask of a node: the tokens allowed after it
+                 \\ "x"                           "x" violates: its mask is empty, as it is never
+                                                  reached, and so are those of all below it
+
+The masks of a tree are filled by a depth-first walk that accepts a node's token, fills its row and
+takes the token back, so the state is afterwards what it was before. Where the grammar is complete
+end tokens are allowed; a node that holds one ends the text, and after it, end tokens are all that
+is allowed: what is drawn there is nobody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aquiline.guided.grammar import Grammar, mask_words
+from aquiline.speculation.tree import TreeShape
+
+
+class Matcher:
+    """The state of one request.
+
+    Attributes:
+        finished: an end token was accepted.
+    """
+
+    def __init__(self, grammar: Grammar) -> None:
+        import xgrammar
+
+        self.finished = False
+        self._grammar = grammar
+        self._state: Any = xgrammar.GrammarMatcher(grammar.compiled)
+
+    def fill(self, tree: TreeShape, tokens: Tensor, rows: Tensor) -> None:
+        """Write the mask of every node.
+
+        Args:
+            tokens: [N] int64, on the CPU; the root's is not read: it was advanced over.
+            rows: [N, words] int32, contiguous, on the CPU; bit i of word w allows token 32 w + i.
+        """
+        if self.finished:
+            rows.copy_(self._grammar.end_mask.expand_as(rows))
+            return
+        rows.zero_()  # what the walk does not reach it does not write
+        self._state.traverse_draft_tree(*_links(tree), tokens, rows)
+        for node, token in enumerate(tokens.tolist()):
+            if (
+                node
+                and token in self._grammar.end_tokens
+                and _allows(rows[tree.parents[node]], token)
+            ):
+                rows[node] = self._grammar.end_mask
+
+    def advance(self, tokens: Sequence[int]) -> None:
+        """Move on over emitted tokens; those after an end token belong to nobody."""
+        for token in tokens:
+            if self.finished:
+                return
+            accepted = self._state.accept_token(token)
+            assert accepted, f"token {token} was emitted against its mask"
+            self.finished = self._state.is_terminated()
+
+    def forced(self, limit: int) -> list[int]:
+        """The tokens that must come next, one after another, ``limit`` at most.
+
+        A token is forced if it is the only one allowed; an end token can be, and is the last.
+        """
+        found: list[int] = []
+        row = torch.zeros(1, mask_words(self._grammar.vocab_size), dtype=torch.int32)
+        while len(found) < limit and not (self.finished or self._state.is_terminated()):
+            self._state.fill_next_token_bitmask(row)
+            token = _only_token(row[0])
+            if token is None:
+                break
+            self._state.accept_token(token)
+            found.append(token)
+        if found:
+            self._state.rollback(len(found))
+        return found
+
+
+@lru_cache(maxsize=64)
+def _links(tree: TreeShape) -> tuple[Tensor, Tensor]:
+    """[N] the first child of every node and [N] its next sibling; -1 where there is none."""
+    child, sibling = torch.full((2, tree.size), -1)
+    for node, nodes in enumerate(tree.children):
+        if nodes:
+            child[node] = nodes[0]
+        for left, right in pairwise(nodes):
+            sibling[left] = right
+    return child, sibling
+
+
+def _allows(row: Tensor, token: int) -> bool:
+    return bool(row[token // 32] >> (token % 32) & 1)
+
+
+def _only_token(row: Tensor) -> int | None:
+    """The one token that a mask [words] allows; None if it allows several."""
+    words = row.nonzero()
+    if len(words) != 1:
+        return None
+    bits = int(row[words[0, 0]]) & 0xFFFFFFFF
+    return None if bits & (bits - 1) else 32 * int(words[0, 0]) + bits.bit_length() - 1
