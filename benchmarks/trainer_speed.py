@@ -204,7 +204,7 @@ KINDS = {  # the first that matches a kernel's or an operation's name
     "attention": r"flash|fmha|scaled_dot_product",
     "optimiser": r"multi_tensor|adam|foreach",
     "matmul": r"gemm|cutlass|nvjet|cublas|xmma|aten::(mm|addmm|bmm|linear|matmul)$|mkldnn",
-    "compiled": r"^triton_",
+    "laws": r"^_divergence",
 }
 
 
@@ -216,8 +216,8 @@ def kind_of(name: str) -> str:
 
 def time_shares(work: Callable[[], None], vocab: int) -> dict[str, float]:
     """Share of the device's time by kind of work. The vocabulary loss is products with a side as
-    long as the vocabulary, and what was compiled (unrolled attention's merge too, if there is one);
-    "busy" is the share of the wall time in which the device worked."""
+    long as the vocabulary, and what compares the two laws; "busy" is the share of the wall time in
+    which the device worked."""
     cuda = torch.cuda.is_available()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     synchronize()
@@ -240,7 +240,7 @@ def time_shares(work: Callable[[], None], vocab: int) -> dict[str, float]:
         if kind_of(event.key) == "matmul" and vocab in sides:
             sums["vocabulary"] += getattr(event, clock)
     sums["matmul"] -= sums["vocabulary"]
-    sums["vocabulary"] += sums.pop("compiled", 0.0)
+    sums["vocabulary"] += sums.pop("laws", 0.0)
     total = sum(sums.values())
     shares = {kind: round(spent / total, 4) for kind, spent in sorted(sums.items())}
     print(trace.key_averages().table(sort_by=clock, row_limit=15, max_name_column_width=60))

@@ -12,21 +12,23 @@ slot = page * page_size + offset.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from aquiline.kernels import cpu, reference, reference_sampling
+from aquiline.kernels import cpu, reference, reference_sampling, reference_training
 from aquiline.kernels.noise import NoiseKey, Stream, gumbel_noise, philox, uniform_noise
 from aquiline.kernels.reference import rotary
 from aquiline.kernels.reference_sampling import probabilities, scaled_scores
 
 if torch.cuda.is_available():  # a CPU needs no Triton
     from aquiline.kernels.triton import attention, elementwise, multi_round, sampling
+    from aquiline.kernels.triton import divergence as laws
     from aquiline.kernels.triton import linear as skinny
 
 __all__ = [
+    "Divergence",
     "Followed",
     "NoiseKey",
     "Norm",
@@ -34,6 +36,7 @@ __all__ = [
     "PackedWeight",
     "PendingRows",
     "Stream",
+    "divergence",
     "draw_top",
     "follow_matches",
     "gated_linear",
@@ -422,6 +425,40 @@ def multi_round_accept(
         target_logits, target_floor, draft_logits, draft_floor, tokens, temperature, children,
         draft_rows, draft_columns, accept_key, residual_key,
     )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ training
+#
+# Twins in ``reference_training.py``. C positions of S unrolled steps.
+
+Divergence = Literal["ce", "kl", "tv", "lk"]
+
+
+def divergence(
+    draft: Tensor,
+    target: Tensor,
+    token_ids: Tensor | None,
+    weights: Tensor,
+    kind: Divergence,
+    eta: float,
+) -> tuple[Tensor, Tensor]:
+    """A divergence between two laws over the vocabulary and its gradient; formulas in
+    training/vocabulary_loss.py.
+
+    Args:
+        draft: logits [S, C, Vd], contiguous. They are spent: the gradient may lie in their place.
+        target: logits [C, V], the same for all S steps.
+        token_ids: int64 [Vd] the target's token of each of the draft's; None: Vd = V, in order.
+        weights: [S, C], from 0. Rows of weight 0 count nowhere.
+        eta: how fast ``lk`` turns from kl to tv.
+
+    Returns:
+        Sums over C [4, S], fp32 at least: of weight times divergence, and plain of cross-entropy,
+        of acceptance, and of rows where a token is the likeliest of both laws (tied tokens all
+        are). Then [S, C, Vd], the gradient of the weighted divergence by the draft's logits.
+    """
+    compute = laws.divergence if _on_triton(draft) else reference_training.divergence
+    return compute(draft, target, token_ids, weights, kind, eta)
 
 
 def _on_triton(logits: Tensor) -> bool:

@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aquiline.kernels.ops import Divergence
 from aquiline.training.config import TrainConfig
-from aquiline.training.vocabulary_loss import STATISTICS, Divergence, Heads, vocabulary_loss
+from aquiline.training.vocabulary_loss import STATISTICS, Heads, vocabulary_loss
 
 DIVERGENCES: dict[str, Divergence] = {"eagle": "ce", "kl": "kl", "tv": "tv", "lk": "lk"}
 

@@ -20,15 +20,15 @@ back. A chunk's target logits serve all unrolled steps.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Divergence = Literal["ce", "kl", "tv", "lk"]
+from aquiline.kernels import ops
+from aquiline.kernels.ops import Divergence
+
 # Logits of one kind that exist at once: 1 GiB in bf16; a CPU's eager pass holds a dozen of each.
 LOGITS = {"cuda": 2**29, "cpu": 2**24}
 STATISTICS = ("cross_entropy", "acceptance", "top1")
@@ -80,7 +80,6 @@ class _VocabularyLoss(torch.autograd.Function):
         divergence: Divergence,
         eta: float,
     ) -> tuple[Tensor, Tensor]:
-        fused = _compiled() if hidden.is_cuda else _fused
         steps, count, _ = hidden.shape
         wide = _wide(hidden)
         sums = torch.zeros(1 + len(STATISTICS), steps, dtype=wide, device=hidden.device)
@@ -88,14 +87,14 @@ class _VocabularyLoss(torch.autograd.Function):
         grad_head = torch.zeros_like(draft_head, dtype=wide) if ctx.needs_input_grad[1] else None
         most = max(1, LOGITS[hidden.device.type] // (steps * len(target_head)))
         chunks = -(-count // most)
-        for chunk in range(chunks):  # of equal size, so that few shapes are compiled
+        for chunk in range(chunks):
             part = slice(chunk * count // chunks, (chunk + 1) * count // chunks)
             rows = hidden[:, part].reshape(-1, hidden.shape[-1])
             draft = (rows @ draft_head.T).view(steps, -1, len(draft_head))
             target = features[part] @ target_head.T
-            scale = weights[:, part].contiguous()
-            shared = target if token_ids is None else target.index_select(1, token_ids)
-            found, slope = fused(draft, target, shared, scale, divergence, eta)
+            found, slope = ops.divergence(
+                draft, target, token_ids, weights[:, part], divergence, eta
+            )
             sums += found
             grad_hidden[:, part] = slope @ draft_head
             if grad_head is not None:
@@ -112,62 +111,6 @@ class _VocabularyLoss(torch.autograd.Function):
         if grad_head is not None:
             grad_head = (grad_head * grad).to(ctx.head_dtype)
         return (grad_hidden * grad.to(grad_hidden.dtype), grad_head, *[None] * 6)
-
-
-def _fused(
-    draft: Tensor,
-    target: Tensor,
-    shared: Tensor,
-    weights: Tensor,
-    divergence: Divergence,
-    eta: float,
-) -> tuple[Tensor, Tensor]:
-    """Sums [4, S] (the weighted loss, then STATISTICS) and d loss / d ``draft``.
-
-    draft [S, C, Vd], target [C, V] and ``shared`` [C, Vd], the target's for the draft's tokens, are
-    logits. What is derived from them is fp32 at least; it stays in registers when compiled, because
-    whatever is read twice hangs on few enough inputs to be computed twice.
-    """
-    wide = _wide(draft)
-    target_sum, target_top = _log_sum_exp(target.to(wide))
-    draft_sum, draft_top = _log_sum_exp(draft.to(wide))
-    law_sum = target_sum if shared is target else _log_sum_exp(shared.to(wide))[0]
-    log_law, log_draft = shared.to(wide) - law_sum, draft.to(wide) - draft_sum
-    target_probs = (shared.to(wide) - target_sum).exp()
-    law, draft_probs = log_law.exp(), log_draft.exp()
-
-    cross_entropy = -(law * log_draft).sum(dim=-1)
-    acceptance = torch.minimum(target_probs, draft_probs).sum(dim=-1)
-    agreed = ((draft.to(wide) == draft_top) & (shared.to(wide) == target_top)).any(dim=-1)
-
-    loss, slope = cross_entropy, draft_probs - law
-    if divergence in ("kl", "lk"):
-        loss = cross_entropy + (law * log_law).sum(dim=-1)
-    if divergence in ("tv", "lk"):
-        short = (draft_probs < target_probs).to(wide)
-        mean = (draft_probs * short).sum(dim=-1, keepdim=True)
-        away = draft_probs * (mean - short)
-        blend = torch.zeros_like(loss) if divergence == "tv" else torch.exp(-eta * acceptance)
-        loss = blend * loss + (1 - blend) * (1 - acceptance)
-        slope = blend[..., None] * slope + (1 - blend[..., None]) * away
-
-    counted = (weights > 0).to(wide)
-    terms = (weights * loss, counted * cross_entropy, counted * acceptance, counted * agreed)
-    sums = torch.stack([term.sum(dim=-1) for term in terms])
-    return sums, (slope * weights[..., None]).to(draft.dtype)
-
-
-@functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
-    """The row count becomes a symbol when it first changes; vocabulary and steps stay constants."""
-    return torch.compile(_fused)
-
-
-def _log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp and largest, each [..., 1]; written so that the compiler finds both in one pass
-    (it knows this pattern)."""
-    top = logits.amax(dim=-1, keepdim=True)
-    return top + (logits - top).exp().sum(dim=-1, keepdim=True).log(), top
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -1,29 +1,44 @@
-"""Compiles the sampling kernels for an H100, on any machine; run by test_triton_compiles.py.
+"""Compiles kernels for an H100, on any machine; run by test_triton_compiles.py.
 
-A process of its own, for here triton must not interpret. Prints a line for each kernel.
+A process of its own, for here triton must not interpret. Prints a line for each variant: kernel,
+registers of a thread, bytes of its stack (what was spilled), constants. Pointers and vocabularies
+are multiples of 16.
 """
 
 from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aquiline.kernels.triton import multi_round, sampling
+from aquiline.kernels.triton import divergence, multi_round, sampling
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {  # by the names of the arguments; all others are int32
     "*bf16": ("logits", "target", "draft"),
     "*fp32": ("floor", "target_floor", "draft_floor", "temperature", "top_p", "min_p", "values",
-              "stats", "target_stats", "draft_stats", "steps", "log_residual"),
-    "*i32": ("indices", "peaks", "target_peaks"),
+              "stats", "target_stats", "draft_stats", "steps", "log_residual",
+              "weights", "terms"),
+    "fp32": ("eta",),
+    "*i32": ("ids", "indices", "peaks", "target_peaks"),
     "*i64": ("top_k", "seeds", "choices", "positions", "levels", "token_ids", "drawn", "tokens",
              "children", "draft_rows", "columns", "leaf", "depth_of_leaf"),
 }  # fmt: skip
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names}
 DRAW = {"STREAM": 0, "COUNT": 4, "CHUNK": sampling.CHUNK}
 WALK = {"STREAM": 2, "SIBLINGS": 4, "BLOCK": sampling.ROW_BLOCK}
+WIDE = {"BLOCK": 32 * divergence.THREAD * divergence.WIDE_WARPS, "LOWEST": -1e30}
+NEAR = {"BLOCK": 32 * divergence.THREAD * divergence.WARPS, "LOWEST": -1e30}
 VARIANTS = [
+    (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "ce", "ids": None}),
+    (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "lk", "ids": None}),
+    (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "kl"}),
+    (divergence._divergence, 32, {**WIDE, "DIVERGENCE": "tv", "ids": None}),
+    (divergence._divergence, 32, {**WIDE, "DIVERGENCE": "lk"}),
     (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK}),
     (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK, "nodes": 1}),
     (sampling._draw_chunk_kernel, 4, DRAW),
@@ -36,11 +51,27 @@ VARIANTS = [
     (multi_round._walk_kernel, 16, {**WALK, "columns": None, "draft_floor": None, "nodes": 1}),
 ]
 
+CUOBJDUMP = triton.knobs.nvidia.cuobjdump.path
+
+
+def usage(cubin: bytes) -> str:
+    """Registers of a thread and bytes of its stack, as the assembler states them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return " ".join(re.findall(r"(?:REG|STACK):\d+", done.stdout))
+
+
 for kernel, warps, constants in VARIANTS:
     signature = {
         name: "constexpr" if name in constants else TYPE_OF.get(name, "i32")
         for name in kernel.arg_names
     }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs={})
-    triton.compile(source, target=TARGET, options={"num_warps": warps})
-    print(kernel.fn.__name__, constants)
+    aligned = (n for n, kind in signature.items() if kind[0] == "*" or n in ("size", "vocab"))
+    attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    compiled = triton.compile(source, target=TARGET, options={"num_warps": warps})
+    print(kernel.fn.__name__, usage(compiled.asm["cubin"]), constants)

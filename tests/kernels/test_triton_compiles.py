@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+IN_TRAINING = ("_divergence",)
 SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 
 
@@ -18,3 +19,6 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
     env.pop("TRITON_INTERPRET", None)
     done = subprocess.run([sys.executable, str(SCRIPT)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    training = [line for line in done.stdout.splitlines() if line.startswith(IN_TRAINING)]
+    assert training
+    assert all("STACK:0" in line for line in training), "\n".join(training)  # nothing is spilled

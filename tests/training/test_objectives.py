@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aquiline.core.errors import AquilineError
+from aquiline.kernels.ops import Divergence
 from aquiline.training import vocabulary_loss as vocabulary
 from aquiline.training.config import TrainConfig
 from aquiline.training.objectives import Rows, objective_loss
-from aquiline.training.vocabulary_loss import Divergence, Heads, vocabulary_loss
+from aquiline.training.vocabulary_loss import Heads, vocabulary_loss
 
 V, D, ROWS, ETA = 40, 12, 23, 3.0
 IDS = torch.tensor([0, 3, 4, 9, 17, 18, 30, 39])
