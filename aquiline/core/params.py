@@ -21,12 +21,15 @@ MAX_CHAIN = 64  # draft tokens of a chain
 MAX_LOGPROBS = 20  # alternatives shown beside a token
 MAX_BIASED = 1024  # entries of logit_bias
 MAX_CHOICES = 128
+MAX_SHOWN = 200  # characters of a refused value
 AUTO_TREE = "auto"
 
 
 def _require(ok: bool, field: str, value: object, remedy: str) -> None:
     if not ok:
-        raise AquilineError(f"{field}={value!r}: {remedy}")
+        shown = repr(value)
+        shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}..."
+        raise AquilineError(f"{field}={shown}: {remedy}")
 
 
 def _integer(value: object, low: int, high: float) -> bool:

@@ -22,12 +22,14 @@ def prefill(
     tokens: Tensor,
     counts: Tensor,
     sampling: SamplingBatch,
+    sources: Tensor | None = None,
 ) -> DecodeState:
-    """Run whole prompts and draw each one's first token.
+    """Run whole prompts and draw first tokens.
 
     Args:
         page_table: [B, M] pages with room for the prompts.
         tokens: [B, T] prompt tokens, padded on the right; ``counts`` [B] are valid.
+        sources: [C] the prompt that each row of ``sampling`` continues; None: row by row.
 
     Returns:
         The state for the first round; its ``roots`` are the first tokens.
@@ -43,12 +45,14 @@ def prefill(
         return PagedAttention(plane, TreePlan(page_table, start, slots, rows))
 
     def at_end(x: Tensor) -> Tensor:
-        return x.gather(1, (counts - 1)[:, None, None].expand(-1, 1, x.shape[-1]))
+        last = x.gather(1, (counts - 1)[:, None, None].expand(-1, 1, x.shape[-1]))
+        return last if sources is None else last.index_select(0, sources)
 
     target_attention = attention(planes.target, len(columns))
     output = models.target(tokens, positions, target_attention, models.taps)
     features = models.draft_features(output)
-    noise = position_noise(sampling, counts[:, None], models.target.config.vocab_size)
+    lengths = counts if sources is None else counts.index_select(0, sources)
+    noise = position_noise(sampling, lengths[:, None], models.target.config.vocab_size)
     first = draw(models.target.logits(at_end(output.features)), sampling, noise)
     drafter = models.drafter
     if drafter is not None and planes.draft is not None and len(columns) > 1:
@@ -58,4 +62,5 @@ def prefill(
         hidden = drafter.draft.fuse(features[:, :rows])
         drafter.draft(drafter.embed(tokens[:, 1:]), hidden, positions[:, :rows],
                       attention(planes.draft, rows))  # fmt: skip
-    return DecodeState(counts, first.squeeze(1), first, at_end(features), torch.ones_like(counts))
+    ones = torch.ones_like(lengths)
+    return DecodeState(lengths, first.squeeze(1), first, at_end(features), ones)

@@ -18,8 +18,8 @@ from aquiline.decoding.graph import RoundGraph
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.prefill import prefill
 from aquiline.decoding.rows import DeviceRows, advance
-from aquiline.engine.scheduler import Batch, StepTokens
-from aquiline.engine.sequence import Sequence
+from aquiline.engine.scheduler import Batch
+from aquiline.engine.sequence import Sequence, StepTokens
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.dispatch.dispatcher import BATCH_BUCKETS, TreeChooser
 from aquiline.speculation.dispatch.paths import BANDS
@@ -106,7 +106,7 @@ class Runner:
     def launch(self, batch: Batch) -> Ticket | None:
         """Enqueue the batch's work; nothing is read back. None if there is none."""
         if batch.prefills:
-            return self._prefill(batch.prefills)
+            return self._prefill(batch.prefills, batch.twins)
         return self._round(batch.decodes, batch.tree) if batch.decodes else None
 
     def collect(self, ticket: Ticket) -> list[StepTokens]:
@@ -131,22 +131,37 @@ class Runner:
 
     # ---------------------------------------------------------------------------------- launching
 
-    def _prefill(self, sequences: tuple[Sequence, ...]) -> Ticket:
+    def _prefill(
+        self, prompts: tuple[Sequence, ...], twins: tuple[tuple[Sequence, int], ...]
+    ) -> Ticket:
         self._put_back()
-        prompts = [sequence.tokens for sequence in sequences]
+        sequences = (*prompts, *(twin for twin, _ in twins))
         rows = self._tensor([sequence.row for sequence in sequences])
         for sequence in sequences:
             assert sequence.row is not None
-            self.rows.sampling.set(sequence.row, sequence.request.params, sequence.request.seed)
+            self.rows.sampling.set(
+                sequence.row, sequence.request.params, sequence.request.seed, sequence.index
+            )
             sequence.launched(len(sequence.tokens))
+        tokens = [sequence.tokens for sequence in prompts]
+        sources = [*range(len(prompts)), *(leader for _, leader in twins)] if twins else None
         state = prefill(
-            self.models, self.planes, self._tensor(_padded([s.table.pages for s in sequences])),
-            self._tensor(_padded(prompts)), self._tensor([len(prompt) for prompt in prompts]),
-            self._sampling_of(sequences, rows),
+            self.models, self.planes, self._tensor(_padded([s.table.pages for s in prompts])),
+            self._tensor(_padded(tokens)), self._tensor([len(prompt) for prompt in tokens]),
+            self._sampling_of(sequences, rows), None if sources is None else self._tensor(sources),
         )  # fmt: skip
+        for twin, leader in twins:
+            self._copy_last_page(prompts[leader], twin)
         self.rows.state.store(rows, state)
         emitted = torch.stack((torch.full_like(state.roots, -1), state.roots), dim=1)
         return self._ticket(sequences, emitted, None)
+
+    def _copy_last_page(self, leader: Sequence, twin: Sequence) -> None:
+        """The page of the prompt's last token, the only one that the two do not share."""
+        last = (len(leader.tokens) - 1) // leader.table.page_size
+        for plane in (self.planes.target, self.planes.draft):
+            if plane is not None:
+                plane.copy_page(leader.table.pages[last], twin.table.pages[last])
 
     def _round(self, sequences: tuple[Sequence, ...], tree: int) -> Ticket:
         tables = self.trees[tree]
@@ -232,7 +247,9 @@ class Runner:
         if self._sampling is None or self._sampling[0] != sequences:
             params = [sequence.request.params for sequence in sequences]
             seeds = [sequence.request.seed for sequence in sequences]
-            self._sampling = sequences, SamplingBatch.of(params, seeds, self.models.device)
+            choices = [sequence.index for sequence in sequences]
+            batch = SamplingBatch.of(params, seeds, self.models.device, choices)
+            self._sampling = sequences, batch
         return self._sampling[1]
 
     def _buffer(self, name: str, *shape: int) -> Tensor:

@@ -37,9 +37,14 @@ class SamplingBatch:
 
     @classmethod
     def of(
-        cls, params: Sequence[SamplingParams], seeds: Sequence[int], device: torch.device
+        cls,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int],
+        device: torch.device,
+        choices: Sequence[int] | None = None,
     ) -> SamplingBatch:
-        """One row per request; ``seeds`` replace the params' own, which may be None."""
+        """One row per request; ``seeds`` replace the params' own, which may be None. ``choices``
+        are 0 if not given."""
 
         def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)
@@ -52,16 +57,16 @@ class SamplingBatch:
             top_p=column([p.top_p for p in params]),
             min_p=column([p.min_p for p in params]),
             seeds=column(list(seeds), torch.int64),
-            choices=column([0] * len(params), torch.int64),
+            choices=column(list(choices or [0] * len(params)), torch.int64),
             all_greedy=on_cpu and not sampled,
             filtered=not on_cpu or any(p.top_k or p.top_p < 1 or p.min_p for p in sampled),
         )
 
-    def set(self, row: int, params: SamplingParams, seed: int) -> None:
+    def set(self, row: int, params: SamplingParams, seed: int, choice: int = 0) -> None:
         """Overwrite one row, in place; the flags stay."""
         values = {
             "temperature": params.temperature, "top_k": params.top_k, "top_p": params.top_p,
-            "min_p": params.min_p, "seeds": seed, "choices": 0,
+            "min_p": params.min_p, "seeds": seed, "choices": choice,
         }  # fmt: skip
         for name, value in values.items():
             getattr(self, name)[row].fill_(value)
