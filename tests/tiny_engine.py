@@ -76,18 +76,35 @@ def prompts(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
 
 
 def mixed_params(count: int) -> list[SamplingParams]:
-    """Greedy and seeded, with every filter, of different lengths."""
+    """Greedy and seeded, with every filter, penalty, bias and ban, of different lengths."""
     kinds = [
         SamplingParams(temperature=0),
+        SamplingParams(
+            temperature=1.5, presence_penalty=1.5, frequency_penalty=0.7, repetition_penalty=1.4
+        ),
         SamplingParams(temperature=1.0),
         SamplingParams(temperature=2.5, top_k=7),
-        SamplingParams(temperature=1.5, top_p=0.8),
+        SamplingParams(temperature=0, frequency_penalty=2.0, presence_penalty=-1.0),
+        SamplingParams(temperature=1.5, top_p=0.8, logit_bias={CYCLE[3]: 4.0, CYCLE[9]: -100.0}),
+        SamplingParams(
+            temperature=1.5, allowed_token_ids=tuple(CYCLE[:20]), banned_token_ids=(CYCLE[4],),
+            stop_token_ids=(CYCLE[6], CYCLE[12]), min_tokens=6,
+        ),
         SamplingParams(temperature=3.0, min_p=0.02, top_k=20),
-    ]
+        SamplingParams(
+            temperature=2.0, top_p=0.9, min_p=0.01, top_k=30, presence_penalty=0.5,
+            frequency_penalty=0.5, repetition_penalty=0.8, logit_bias={CYCLE[5]: 2.5, 3: 1.5},
+            banned_token_ids=(CYCLE[0],), stop_token_ids=(CYCLE[7],), min_tokens=8, logprobs=2,
+        ),
+    ]  # fmt: skip
+    lengths = [1 + 7 * i % 32 for i in range(count)]
     return [
-        replace(kinds[i % len(kinds)], seed=100 + i, max_tokens=1 + 7 * i % 32, ignore_eos=True)
-        for i in range(count)
-    ]
+        replace(
+            kinds[i % len(kinds)], seed=100 + i, max_tokens=length, ignore_eos=True,
+            min_tokens=min(kinds[i % len(kinds)].min_tokens, length),
+        )
+        for i, length in enumerate(lengths)
+    ]  # fmt: skip
 
 
 def said(output: RequestOutput) -> tuple[tuple[int, ...], str, str | None]:

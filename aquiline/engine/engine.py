@@ -80,7 +80,7 @@ class Engine:
             )
         if not all(0 <= token < vocab for token in prompt_token_ids):
             raise AquilineError(f"prompt_token_ids: a token is outside the vocabulary of {vocab}")
-        params = admit(params, self.tokenizer, vocab, count, limit)
+        params = admit(params, self.tokenizer, vocab, limit - count)
         self._next_id += 1
         seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
         request = Request(self._next_id, tuple(prompt_token_ids), params, seed)
