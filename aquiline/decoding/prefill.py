@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,15 @@ from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw, position_noise
 
 
+@dataclass(frozen=True)
+class Prefilled:
+    """The state for the first round, whose ``roots`` are the first tokens, and their
+    log-probabilities [B, 1, ...], see ops.token_logprobs; None if nobody wants them."""
+
+    state: DecodeState
+    logprobs: Tensor | None
+
+
 @torch.inference_mode()
 def prefill(
     models: DecoderModels,
@@ -23,16 +34,13 @@ def prefill(
     counts: Tensor,
     sampling: SamplingBatch,
     sources: Tensor | None = None,
-) -> DecodeState:
+) -> Prefilled:
     """Run whole prompts and draw first tokens.
 
     Args:
         page_table: [B, M] pages with room for the prompts.
         tokens: [B, T] prompt tokens, padded on the right; ``counts`` [B] are valid.
         sources: [C] the prompt that each row of ``sampling`` continues; None: row by row.
-
-    Returns:
-        The state for the first round; its ``roots`` are the first tokens.
     """
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     valid = columns < counts[:, None]
@@ -52,8 +60,8 @@ def prefill(
     output = models.target(tokens, positions, target_attention, models.taps)
     features = models.draft_features(output)
     lengths = counts if sources is None else counts.index_select(0, sources)
-    noise = position_noise(sampling, lengths[:, None], models.target.config.vocab_size)
-    first = draw(models.target.logits(at_end(output.features)), sampling, noise)
+    logits = models.target.logits(at_end(output.features))
+    first, logprobs = _first_tokens(logits, sampling, lengths[:, None])
     drafter = models.drafter
     if drafter is not None and planes.draft is not None and len(columns) > 1:
         # Pair (t_{i+1}, h_i) for every i below the last; that one waits for the drawn token. A
@@ -63,4 +71,21 @@ def prefill(
         drafter.draft(drafter.embed(tokens[:, 1:]), hidden, positions[:, :rows],
                       attention(planes.draft, rows))  # fmt: skip
     ones = torch.ones_like(lengths)
-    return DecodeState(lengths, first.squeeze(1), first, at_end(features), ones)
+    state = DecodeState(lengths, first.squeeze(1), first, at_end(features), ones)
+    return Prefilled(state, logprobs)
+
+
+def _first_tokens(
+    logits: Tensor, sampling: SamplingBatch, positions: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Draw from logits [B, 1, V] the tokens at positions [B, 1]; count and score them."""
+    table, slots = sampling.adjustments, sampling.slots
+    raw = logits.clone() if sampling.logprobs else None
+    if table is not None:
+        ops.adjust_logits(logits, table, slots, positions, None, None, None, None)
+    tokens = draw(logits, sampling, position_noise(sampling, positions, logits.shape[-1]))
+    if table is not None:
+        ops.count_tokens(table, slots, tokens, torch.ones_like(slots))
+    if raw is None:
+        return tokens, None
+    return tokens, ops.token_logprobs(raw, None, table, slots, None, tokens)

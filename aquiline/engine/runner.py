@@ -149,7 +149,7 @@ class Runner:
             self.models, self.planes, self._tensor(_padded([s.table.pages for s in prompts])),
             self._tensor(_padded(tokens)), self._tensor([len(prompt) for prompt in tokens]),
             self._sampling_of(sequences, rows), None if sources is None else self._tensor(sources),
-        )  # fmt: skip
+        ).state  # fmt: skip
         for twin, leader in twins:
             self._copy_last_page(prompts[leader], twin)
         self.rows.state.store(rows, state)
@@ -172,7 +172,7 @@ class Runner:
             size = bucket_of(len(index), self.max_rows)
             graph = self._graph(size, tree)
             self._make_resident(size, index, sequences)
-            emitted = graph.replay()
+            emitted = graph.replay().tokens
         else:
             rows = self._tensor(index)
             pages = self._tensor(_padded([sequence.table.pages for sequence in sequences]))
@@ -180,7 +180,7 @@ class Runner:
                 self.rows.state.select(rows), self._sampling_of(sequences, rows), pages,
                 torch.ones_like(rows, dtype=torch.bool),
             )  # fmt: skip
-            emitted = advance(self.models, self.planes, tables, self.rule, batch)
+            emitted = advance(self.models, self.planes, tables, self.rule, batch).tokens
             self.rows.state.store(rows, batch.state)
         return self._ticket(sequences, emitted, tables.shape)
 

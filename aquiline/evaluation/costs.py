@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.graph import RoundGraph
 from aquiline.decoding.models import DecoderModels, Planes
-from aquiline.decoding.rows import DeviceRows, advance
+from aquiline.decoding.rows import DeviceRows, Emitted, advance
 from aquiline.decoding.state import DecodeState
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
@@ -77,7 +76,7 @@ def measure_round_ms(
         -(-(capacity or 0) // page_size),
     )  # fmt: skip
 
-    def one_round() -> Tensor:
+    def one_round() -> Emitted:
         return advance(models, planes, tables, rule, rows)
 
     graph = RoundGraph(one_round) if device.type == "cuda" else None

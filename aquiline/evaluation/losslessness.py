@@ -227,7 +227,7 @@ def _sampling(params: SamplingParams, seeds: Tensor) -> SamplingBatch:
     count = len(seeds)
     return SamplingBatch(
         one.temperature.expand(count), one.top_k.expand(count), one.top_p.expand(count),
-        one.min_p.expand(count), seeds, torch.zeros_like(seeds),
+        one.min_p.expand(count), seeds, torch.zeros_like(seeds), torch.full_like(seeds, -1),
         one.all_greedy, one.filtered,
     )  # fmt: skip
 

@@ -220,7 +220,7 @@ def decode(
     sampling = SamplingBatch.of(params, seeds, CPU)
     width = models.feature_size
     state = DecodeState.empty(rows, shape.depth + 1, width, torch.float64, CPU)
-    first = prefill(models, planes, page_table, tokens, counts, sampling)
+    first = prefill(models, planes, page_table, tokens, counts, sampling).state
     state.store(torch.arange(rows), first)
     texts = [[token] for token in first.roots.tolist()]
     accepted: list[list[int]] = [[] for _ in prompts]
