@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from aquiline.core.params import SamplingParams
-from aquiline.evaluation.losslessness import chi_square, target_distribution
+from aquiline.evaluation.losslessness import chi_square
+from aquiline.evaluation.oracle import target_distribution
 from aquiline.kernels import noise as noise_module
 from aquiline.kernels import ops
 from aquiline.kernels import reference_sampling as reference

@@ -19,7 +19,7 @@ from aquiline.decoding.models import DecoderModels, Drafter, Planes
 from aquiline.decoding.prefill import prefill
 from aquiline.decoding.round import decode_round
 from aquiline.decoding.state import DecodeState
-from aquiline.evaluation.losslessness import target_distribution
+from aquiline.evaluation.oracle import target_distribution
 from aquiline.kernels import ops
 from aquiline.models.config import LlamaConfig
 from aquiline.models.draft import DraftHead, EagleDraft, draft_config
