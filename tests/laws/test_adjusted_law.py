@@ -77,7 +77,7 @@ def pair_of(name):
 @pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("rule", RULES)
 def test_a_parameter_alone(rule, tree, name):
-    assert_fits(PARAMS[name], tree, rule, 8_000, pair_of(name))
+    assert_fits(PARAMS[name], tree, rule, 12_000, pair_of(name))
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_a_parameter_alone(rule, tree, name):
 def test_a_parameter_alone_at_full_length(rule, tree, name):
     fit = assert_fits(PARAMS[name], tree, rule, 200_000, pair_of(name))
     assert fit.rounds >= 200_000
-    assert fit.tokens_per_round > (1 if "none" in name else 1.2), "nothing was accepted to test"
+    assert fit.tokens_per_round > 1.2 or name == "allowed, none of them drafted"
 
 
 TOKENS = st.integers(0, VOCAB - 1)
@@ -123,9 +123,9 @@ def combinations(count):
     )  # fmt: skip
 
 
-@combinations(6)
+@combinations(10)
 def test_random_combinations(params, tree, rule, pair):
-    assert_fits(params, tree, rule, 4_000, pair)
+    assert_fits(params, tree, rule, 6_000, pair)
 
 
 @pytest.mark.slow
