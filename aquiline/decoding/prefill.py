@@ -19,10 +19,12 @@ from aquiline.sampling.draw import draw, position_noise
 @dataclass(frozen=True)
 class Prefilled:
     """The state for the first round, whose ``roots`` are the first tokens, and their
-    log-probabilities [B, 1, ...], see ops.token_logprobs; None if nobody wants them."""
+    log-probabilities [B, 1, ...], see ops.token_logprobs; None if nobody wants them. ``features``
+    [B, T, d] are the target's after every token of the prompts."""
 
     state: DecodeState
     logprobs: Tensor | None
+    features: Tensor
 
 
 @torch.inference_mode()
@@ -72,7 +74,7 @@ def prefill(
                       attention(planes.draft, rows))  # fmt: skip
     ones = torch.ones_like(lengths)
     state = DecodeState(lengths, first.squeeze(1), first, at_end(features), ones)
-    return Prefilled(state, logprobs)
+    return Prefilled(state, logprobs, output.features)
 
 
 def _first_tokens(

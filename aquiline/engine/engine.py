@@ -14,9 +14,10 @@ from aquiline.engine.admission import admit, end_tokens
 from aquiline.engine.choices import Choices
 from aquiline.engine.config import EngineConfig
 from aquiline.engine.loader import LoadedModel
-from aquiline.engine.runner import Runner, Ticket
+from aquiline.engine.runner import Runner
 from aquiline.engine.scheduler import Scheduler
 from aquiline.engine.sequence import Sequence, StepTokens
+from aquiline.engine.ticket import Ticket
 from aquiline.kvcache.pages import PageAllocator
 from aquiline.kvcache.table import PageTable
 from aquiline.speculation.verification.rules import RULES
@@ -61,7 +62,7 @@ class Engine:
             self._flight.append(ticket)
         if len(self._flight) <= ahead:
             return []
-        return self.runner.collect(self._flight.popleft())
+        return list(self._flight.popleft().collect())
 
     @property
     def has_work(self) -> bool:
@@ -80,7 +81,7 @@ class Engine:
             )
         if not all(0 <= token < vocab for token in prompt_token_ids):
             raise AquilineError(f"prompt_token_ids: a token is outside the vocabulary of {vocab}")
-        params = admit(params, self.tokenizer, vocab, count, limit)
+        params = admit(params, self.tokenizer, vocab, limit - count)
         self._next_id += 1
         seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
         request = Request(self._next_id, tuple(prompt_token_ids), params, seed)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aquiline.core.outputs import Logprob, Logprobs
+from aquiline.kernels.ops import TOP_LOGPROBS
 from aquiline.text.tokenizer import Tokenizer
 
 
@@ -21,6 +22,14 @@ class TokenScores:
     logprob: float
     rank: int
     top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, token: int, columns: list[float], count: int) -> TokenScores:
+        """From a row of ops.token_logprobs, with the ``count`` likeliest."""
+        logprob, rank, *best = columns
+        values, ids = best[:count], map(int, best[TOP_LOGPROBS:][:count])
+        top = tuple((one, value) for one, value in zip(ids, values, strict=True) if one >= 0)
+        return cls(token, logprob, int(rank), top)
 
     def shown(self, tokenizer: Tokenizer) -> Logprobs:
         """By token id: the token itself, then the likeliest."""

@@ -62,6 +62,12 @@ class Sequence:
         """Prompt and output: what a preempted sequence is prefilled with."""
         return [*self.request.prompt_token_ids, *self.output]
 
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """One choice reports for all, at its first prefill."""
+        wanted = self.request.params.prompt_logprobs is not None
+        return wanted and self.index == 0 and not self.output
+
     def launched(self, tokens: int) -> None:
         """Work is in flight that commits ``tokens`` at most."""
         self.ahead += tokens

@@ -11,7 +11,7 @@ import torch
 
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
-from tests.engine.test_engine import CHAIN, SHAPES, TREE, assert_idle, mixed_params, prompts, said
+from tests.tiny_engine import CHAIN, SHAPES, TREE, assert_idle, mixed_params, prompts, said
 from tests.tiny_checkpoint import write_draft, write_eagle3, write_target
 
 pytestmark = pytest.mark.gpu
