@@ -11,6 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -55,6 +56,7 @@ def measure_round_ms(
     seconds: float = 2.0,
     pending: int | None = None,
     capacity: int | None = None,
+    sampling: SamplingBatch | None = None,
 ) -> float:
     """Median milliseconds of one round of ``batch`` requests with ``context`` cached tokens each.
 
@@ -67,6 +69,7 @@ def measure_round_ms(
             than the depth of the deepest tree that an engine can choose; None: of this tree.
         capacity: tokens that a page table has room for, by which kernels cut their work; None:
             what this measurement needs.
+        sampling: of the batch, in place of one at ``temperature``.
     """
     device, page_size = models.device, planes.target.page_size
     tables = tree.tables(device)
@@ -75,6 +78,9 @@ def measure_round_ms(
         (pages_of(tree, batch, context, page_size) - 1) // batch,
         -(-(capacity or 0) // page_size),
     )  # fmt: skip
+
+    if sampling is not None:
+        rows = replace(rows, sampling=sampling)
 
     def one_round() -> Emitted:
         return advance(models, planes, tables, rule, rows)

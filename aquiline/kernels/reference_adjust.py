@@ -45,17 +45,19 @@ def adjust_logits(
         if not len(part):
             continue
         rows = adjusted[part]
-        row, old = table.select(slots[rows]), scores[part]
+        slot, old = slots[rows], scores[part]
         if flag is Flag.PENALTIES:
-            new = _penalised(old, row, _counts(row, history, rows), ids)
+            new = _penalised(old, table, slot, _counts(table.counts[slot], history, rows), ids)
         elif flag is Flag.BIAS:
-            new = old + _scattered(row.bias_ids, row.bias_values, table.vocab)[:, None, ids]
+            bias = _scattered(table.bias_ids[slot], table.bias_values[slot], table.vocab)
+            new = old + bias[:, None, ids]
         elif flag is Flag.BANS:
-            new = old.masked_fill(~_bit(row.allowed, ids)[:, None], NEGATIVE_INFINITY)
+            new = old.masked_fill(~_bit(table.allowed[slot], ids)[:, None], NEGATIVE_INFINITY)
         else:
-            ends = _scattered(row.end_ids, torch.ones_like(row.end_ids), table.vocab)[:, ids] > 0
-            early = at[rows] < row.min_length[:, None]
-            new = old.masked_fill(early[..., None] & ends[:, None], NEGATIVE_INFINITY)
+            ends = table.end_ids[slot]
+            is_end = _scattered(ends, torch.ones_like(ends), table.vocab)[:, None, ids] > 0
+            early = at[rows] < table.min_length[slot, None]
+            new = old.masked_fill(early[..., None] & is_end, NEGATIVE_INFINITY)
         scores[part] = new
     logits[adjusted] = scores.to(logits.dtype)
 
@@ -81,9 +83,9 @@ def _scattered(ids: Tensor, values: Tensor, vocab: int) -> Tensor:
     return padded.scatter_(1, places, values)[:, :vocab]
 
 
-def _counts(row: AdjustmentTable, history: History | None, rows: Tensor) -> Tensor:
-    """How often output and path hold each token: [b, 1 or N, vocab]."""
-    counts = row.counts[:, None].int()
+def _counts(output: Tensor, history: History | None, rows: Tensor) -> Tensor:
+    """How often output [b, vocab] and path hold each token: [b, 1 or N, vocab]."""
+    counts = output[:, None].int()
     if history is None:
         return counts
     tokens, ancestors, nodes = history
@@ -95,12 +97,14 @@ def _counts(row: AdjustmentTable, history: History | None, rows: Tensor) -> Tens
     return counts
 
 
-def _penalised(scores: Tensor, row: AdjustmentTable, counts: Tensor, ids: Tensor) -> Tensor:
+def _penalised(
+    scores: Tensor, table: AdjustmentTable, slot: Tensor, counts: Tensor, ids: Tensor
+) -> Tensor:
     counts = counts[..., ids]
-    seen = (counts > 0) | _bit(row.prompt_seen, ids)[:, None]
+    seen = (counts > 0) | _bit(table.prompt_seen[slot], ids)[:, None]
     repetition, presence, frequency = (
-        penalty.to(scores.dtype)[:, None, None]
-        for penalty in (row.repetition, row.presence, row.frequency)
+        penalty[slot].to(scores.dtype)[:, None, None]
+        for penalty in (table.repetition, table.presence, table.frequency)
     )
     repeated = torch.where(scores > 0, scores / repetition, scores * repetition)
     scores = torch.where(seen, repeated, scores)

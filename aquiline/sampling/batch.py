@@ -61,7 +61,7 @@ class SamplingBatch:
         on_cpu = torch.device(device).type == "cpu"
         sampled = [p for p in params if p.temperature > 0]
         wanted = [flags_of(p) for p in params]
-        assert slots is not None or not any(wanted), "give the rows of adjustments"
+        assert adjustments is not None or not any(wanted), "give the rows of adjustments"
         kept = adjustments if not on_cpu or any(wanted) else None
         return cls(
             temperature=column([p.temperature for p in params]),

@@ -39,9 +39,10 @@ def _flags_at(flags, slot):
 def _place(row, ids, SIZE: tl.constexpr):
     """Where each id is in SIZE (a power of two) ascending ids, or else where it would be."""
     at = ids & 0
-    for halving in tl.static_range(SIZE.bit_length() - 1):
-        step: tl.constexpr = SIZE >> (halving + 1)
+    step = tl.full([], SIZE // 2, tl.int32)
+    while step > 0:
         at += tl.where(tl.load(row + at + (step - 1)) < ids, step, 0)
+        step = step // 2
     return at
 
 
@@ -57,7 +58,7 @@ def _bit(words, ids, inside):
 def _adjust_kernel(
     logits, stride_b, stride_n, raw, flags, repetition, presence, frequency, prompt_seen, counts,
     bias_ids, bias_values, allowed, end_ids, min_length, slots, positions, stride_p, levels,
-    tokens, stride_t, drafted, ancestors, tree, nodes, token_ids, rows, width, vocab, words,
+    tokens, stride_t, drafted, ancestors, tree, node_of, token_ids, rows, width, vocab, words,
     BIASED: tl.constexpr, ENDS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """``width`` indices of logits, ``vocab`` tokens of the table; ``drafted`` columns of tokens."""
@@ -80,8 +81,8 @@ def _adjust_kernel(
             count = tl.load(counts + slot * vocab + ids, mask=inside, other=0).to(tl.int32)
             if tokens is not None:
                 node = n.to(tl.int64)
-                if nodes is not None:
-                    node = tl.load(nodes + n)
+                if node_of is not None:
+                    node = tl.load(node_of + n)
                 for column in range(1, drafted):
                     if tl.load(ancestors + node * tree + column) != 0:
                         token = tl.load(tokens + b.to(tl.int64) * stride_t + column).to(tl.int32)
@@ -163,6 +164,7 @@ def _count_kernel(flags, counts, slots, tokens, stride_t, how_many, vocab, LEVEL
         same = (token[:, None] == token[None, :]).to(tl.int32)
         places = counts + slot * vocab + token
         count = tl.load(places, mask=said, other=0).to(tl.int32) + tl.sum(same, axis=1)
+        tl.debug_barrier()
         tl.store(places, tl.minimum(count, MAX_COUNT).to(tl.int16), mask=said)
 
 
@@ -182,10 +184,10 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 @triton.jit
-def _raw_row(logits, stride_b, stride_n, raw, flag, path, row_id, nodes, steps, vocab):
+def _raw_row(logits, stride_b, stride_n, raw, flag, path, row_id, nodes, length, vocab):
     """Where the raw logits lie that a token was drawn from."""
-    b = (row_id // steps).to(tl.int64)
-    node = (row_id % steps).to(tl.int64)
+    b = (row_id // length).to(tl.int64)
+    node = (row_id % length).to(tl.int64)
     if path is not None:
         node = tl.load(path + row_id)
     row = logits + b * stride_b + node * stride_n
@@ -197,16 +199,16 @@ def _raw_row(logits, stride_b, stride_n, raw, flag, path, row_id, nodes, steps, 
 
 @triton.jit
 def _rank_chunk_kernel(
-    logits, stride_b, stride_n, raw, flags, slots, path, chosen, stats, values, ids, nodes, steps,
+    logits, stride_b, stride_n, raw, flags, slots, path, chosen, stats, values, ids, nodes, length,
     vocab, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Of one chunk of one token's row: largest, sum of exp, how many beat the token, the TOP."""
     row_id = tl.program_id(0)
     flag = tl.full([], LOGPROBS, tl.int32)
     if slots is not None:
-        flag = _flags_at(flags, tl.load(slots + row_id // steps))
+        flag = _flags_at(flags, tl.load(slots + row_id // length))
     if (flag & LOGPROBS) != 0:
-        row = _raw_row(logits, stride_b, stride_n, raw, flag, path, row_id, nodes, steps, vocab)
+        row = _raw_row(logits, stride_b, stride_n, raw, flag, path, row_id, nodes, length, vocab)
         own = tl.load(row + tl.load(chosen + row_id)).to(tl.float32)
         lanes = tl.arange(0, CHUNK)
         at = tl.program_id(1) * CHUNK + lanes
@@ -230,15 +232,15 @@ def _rank_chunk_kernel(
 @triton.jit
 def _rank_merge_kernel(
     logits, stride_b, stride_n, raw, flags, slots, path, chosen, stats, values, ids, out, nodes,
-    steps, vocab, chunks, CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr,
+    length, vocab, chunks, CHUNKS: tl.constexpr, CANDIDATES: tl.constexpr,
 ):  # fmt: skip
     """One token: the parts of its row made one."""
     row_id = tl.program_id(0)
     flag = tl.full([], LOGPROBS, tl.int32)
     if slots is not None:
-        flag = _flags_at(flags, tl.load(slots + row_id // steps))
+        flag = _flags_at(flags, tl.load(slots + row_id // length))
     if (flag & LOGPROBS) != 0:
-        row = _raw_row(logits, stride_b, stride_n, raw, flag, path, row_id, nodes, steps, vocab)
+        row = _raw_row(logits, stride_b, stride_n, raw, flag, path, row_id, nodes, length, vocab)
         own = tl.load(row + tl.load(chosen + row_id)).to(tl.float32)
         part = tl.arange(0, CHUNKS)
         ok = part < chunks
@@ -273,24 +275,24 @@ def token_logprobs(
     chosen: Tensor,
 ) -> Tensor:
     logits = with_rows(logits)
-    batch, steps = chosen.shape
+    batch, length = chosen.shape
     nodes, vocab = logits.shape[1:]
     chunk = min(TOP_CHUNK, triton.next_power_of_2(vocab))
-    chunks, rows, device = triton.cdiv(vocab, chunk), batch * steps, logits.device
+    chunks, rows, device = triton.cdiv(vocab, chunk), batch * length, logits.device
     top = rows_of.TOP_LOGPROBS
     stats = torch.empty(rows, chunks, 3, dtype=torch.float32, device=device)
     values = torch.empty(rows, chunks, top, dtype=torch.float32, device=device)
     ids = torch.empty(rows, chunks, top, dtype=torch.int32, device=device)
     columns = rows_of.LOGPROB_COLUMNS
-    out = torch.empty(batch, steps, columns, dtype=torch.float32, device=device)
+    out = torch.empty(batch, length, columns, dtype=torch.float32, device=device)
     flags = None if table is None else table.flags
     slots = None if slots is None else slots.contiguous()
     path = None if path is None else path.contiguous()
     common = (logits, logits.stride(0), logits.stride(1), raw, flags, slots, path,
               chosen.contiguous(), stats, values, ids)  # fmt: skip
-    _rank_chunk_kernel[(rows, chunks)](*common, nodes, steps, vocab, chunk, num_warps=4)
+    _rank_chunk_kernel[(rows, chunks)](*common, nodes, length, vocab, chunk, num_warps=4)
     _rank_merge_kernel[(rows,)](
-        *common, out, nodes, steps, vocab, chunks, triton.next_power_of_2(chunks),
+        *common, out, nodes, length, vocab, chunks, triton.next_power_of_2(chunks),
         triton.next_power_of_2(chunks * top), num_warps=4,
     )  # fmt: skip
     return out
