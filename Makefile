@@ -1,5 +1,6 @@
 # make demo   the main promise in two minutes: the same text, sooner
 # make test   style, types, floors, unit tests, laws, README commands (CPU, under ten minutes)
+# make laws   the laws of sampling at full length: 200k rounds a parameter, 50 combinations
 # make check  the slow tests too, and those that need a GPU, a browser, Node or a peer engine
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check format
+.PHONY: demo test laws check format
 
 demo: $(READY)
 	$(BIN)/aquiline demo
@@ -18,6 +19,9 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+laws: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow tests/laws
 
 check: test
 	$(BIN)/python -m pytest -m "slow or browser or node or peer or gpu"

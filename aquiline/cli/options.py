@@ -27,6 +27,7 @@ MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the checkpoint's.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")]
 TopP = Annotated[float | None, typer.Option(help="Nucleus mass, in (0, 1].")]
+Penalty = Annotated[float | None, typer.Option(help="From -2 to 2; for tokens of the text.")]
 Seed = Annotated[int | None, typer.Option(help="Same seed, same text.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 

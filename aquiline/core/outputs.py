@@ -2,26 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
-class CompletionOutput:
-    """One generated text. ``token_ids`` include the token that ended it, ``text`` does not."""
+class Logprob:
+    """One token at one position, under the raw logits (no temperature, penalty, bias or ban).
 
+    Attributes:
+        logprob: natural logarithm of its probability.
+        rank: 1 for the likeliest token; how many are likelier, plus one.
+        decoded_token: its text alone.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+Logprobs = dict[int, Logprob]  # by token id: the token that is there first, then the likeliest
+PromptLogprobs = tuple[Logprobs | None, ...]
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One generated text. ``token_ids`` include the token that ended it, ``text`` does not.
+
+    Attributes:
+        index: which of the request's ``n``.
+        logprobs: one mapping a token, if asked for.
+        cumulative_logprob: the sum over ``token_ids``, if asked for.
+    """
+
+    index: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
+    logprobs: tuple[Logprobs, ...] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(frozen=True)
 class SpeculationStats:
-    """What speculation did for one request.
+    """What speculation did for one request, its choices one after another.
 
     Attributes:
         rounds: target forwards in decoding (prefill not counted).
@@ -38,6 +67,19 @@ class SpeculationStats:
     accepted_by_depth: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
 
+    @classmethod
+    def sum(cls, parts: Iterable[SpeculationStats]) -> SpeculationStats:
+        """Several texts' statistics as one."""
+        every = tuple(parts)
+        by_depth = zip_longest(*(part.accepted_by_depth for part in every), fillvalue=0)
+        return cls(
+            sum(part.rounds for part in every),
+            sum(part.tokens for part in every),
+            sum(part.drafted for part in every),
+            tuple(map(sum, by_depth)),
+            tuple(depth for part in every for depth in part.depths),
+        )
+
     @property
     def tokens_per_call(self) -> float:
         """Mean tokens per target forward (TPC); 1.0 without speculation."""
@@ -48,23 +90,37 @@ class SpeculationStats:
 class RequestOutput:
     """The state of one request after a step; the last one has ``finished`` set.
 
-    ``text_delta`` is what this step added to the text. ``outputs`` and ``speculation`` are made
-    when they are first looked at, and show the state after this step even then.
+    ``outputs``, ``speculation`` and ``prompt_logprobs`` are made when they are first looked at, and
+    show the state after this step even then.
+
+    Attributes:
+        text_deltas: what this step added to the text of each choice.
     """
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     finished: bool
-    text_delta: str
-    completion: Callable[[], CompletionOutput] = field(repr=False)
+    text_deltas: tuple[str, ...]
+    completions: Callable[[], tuple[CompletionOutput, ...]] = field(repr=False)
     statistics: Callable[[], SpeculationStats] = field(repr=False)
+    prompt: Callable[[], PromptLogprobs | None] = field(repr=False)
+
+    @property
+    def text_delta(self) -> str:
+        """What this step added to the text of the first choice."""
+        return self.text_deltas[0]
 
     @cached_property
     def outputs(self) -> tuple[CompletionOutput, ...]:
         """One for each choice."""
-        return (self.completion(),)
+        return self.completions()
 
     @cached_property
     def speculation(self) -> SpeculationStats:
         """What speculation did for the request so far."""
         return self.statistics()
+
+    @cached_property
+    def prompt_logprobs(self) -> PromptLogprobs | None:
+        """One mapping a prompt token, if asked for; None for the first, which nothing predicts."""
+        return self.prompt()

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from aquiline.decoding.rows import Emitted
 
 
 class RoundGraph:
@@ -24,9 +25,9 @@ class RoundGraph:
         emitted: overwritten by every replay.
     """
 
-    emitted: Tensor
+    emitted: Emitted
 
-    def __init__(self, round_: Callable[[], Tensor], pool: Any = None) -> None:
+    def __init__(self, round_: Callable[[], Emitted], pool: Any = None) -> None:
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -36,7 +37,7 @@ class RoundGraph:
         with torch.cuda.graph(self.graph, pool=pool):
             self.emitted = round_()
 
-    def replay(self) -> Tensor:
+    def replay(self) -> Emitted:
         """One round; returns ``emitted``, valid until the next replay."""
         self.graph.replay()
         return self.emitted

@@ -16,6 +16,7 @@ from aquiline.decoding.models import DecoderModels
 from aquiline.decoding.prefill import prefill
 from aquiline.decoding.round import decode_round
 from aquiline.decoding.state import DecodeState
+from aquiline.sampling.adjust import Adjustments, flags_of
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
 from aquiline.speculation.verification.rules import RULES
@@ -53,10 +54,17 @@ def decode_prompts(
     page_table = 1 + torch.arange(count * pages, device=device).view(count, pages)
     tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    sampling = SamplingBatch.of([params] * count, range(count), device)
+    adjustments = None
+    if flags_of(params):
+        adjustments = Adjustments.empty(count, models.target.config.vocab_size, device)
+        for row, prompt in enumerate(prompts):
+            adjustments.set(row, params, prompt, (), end_tokens)
+    sampling = SamplingBatch.of(
+        [params] * count, range(count), device, adjustments=adjustments, slots=range(count)
+    )
     width = models.feature_size
     state = DecodeState.empty(count, shape.depth + 1, width, models.dtype, device)
-    first = prefill(models, planes, page_table, tokens, lengths, sampling)
+    first = prefill(models, planes, page_table, tokens, lengths, sampling).state
     state.store(torch.arange(count, device=device), first)
     tree = shape.tables(device)
     left = [max_tokens - 1 if token not in end_tokens else 0 for token in state.roots.tolist()]

@@ -4,6 +4,8 @@
                        (re-sync and first step in one pass)            |
     emitted tokens <-- accept <-- target over the tree <---------------+
 
+Logits of draft and target are adjusted (penalties, bias, bans) before the rule sees them.
+
 Slots past a request's length n hold the tree: node i of the target at n + i, node i of the draft at
 n + i - 1 (the draft has no root node: its pairs end at position n - 1). Written once, run eagerly;
 nothing here reads a tensor on the host except where the CPU trims padding.
@@ -22,6 +24,7 @@ from aquiline.decoding.state import DecodeState
 from aquiline.kernels import ops
 from aquiline.kvcache.pool import KVPlane
 from aquiline.sampling.batch import SamplingBatch
+from aquiline.speculation.adjusting import adjust_draft, adjust_target, settle
 from aquiline.speculation.drafting import DraftedLevel, grow
 from aquiline.speculation.tree import TreeTables
 from aquiline.speculation.verification.noise import RoundNoise
@@ -31,10 +34,14 @@ from aquiline.speculation.verification.verdict import Verdict
 
 @dataclass(frozen=True)
 class RoundResult:
-    """The verdict and the state that the next round starts from."""
+    """The verdict and the state that the next round starts from.
+
+    ``logprobs`` are of the verdict's tokens, see ops.token_logprobs; None if nobody wants them.
+    """
 
     verdict: Verdict
     state: DecodeState
+    logprobs: Tensor | None
 
 
 @torch.inference_mode()
@@ -58,19 +65,22 @@ def decode_round(
     vocab = models.target.config.vocab_size
     drafter = models.drafter
     draft_ids = None if drafter is None else drafter.head.token_ids
-    rule = rule_factory(RoundNoise(tree, sampling, after, vocab, draft_ids))
+    round_ = RoundNoise(tree, sampling, after, vocab, draft_ids)
+    rule = rule_factory(round_)
 
     tokens = state.roots[:, None]
     if drafter is not None and planes.draft is not None:
-        drafting = _Drafting(drafter, planes.draft, tree, rule, page_table, state)
+        drafting = _Drafting(drafter, planes.draft, round_, rule, page_table, state)
         if tree.shape.depth == 0:  # plain for now: the draft keeps up, for the round that drafts
             drafting.resync()
         else:
             tokens = grow(tree, state.roots, drafting.propose, drafter.head.to_target)
     features, logits = _verify(models, planes.target, tree, page_table, lengths, tokens)
+    raw = adjust_target(round_, logits, tokens)
     verdict = rule.accept(tokens, logits)
+    logprobs = settle(round_, logits, raw, verdict)
     _commit_path(planes.target, tree, page_table, lengths, verdict)
-    return RoundResult(verdict, _next_state(lengths, features, verdict))
+    return RoundResult(verdict, _next_state(lengths, features, verdict), logprobs)
 
 
 def _verify(
@@ -128,13 +138,13 @@ class _Drafting:
         self,
         drafter: Drafter,
         plane: KVPlane,
-        tree: TreeTables,
+        round_: RoundNoise,
         rule: Rule,
         page_table: Tensor,
         state: DecodeState,
     ) -> None:
-        self.drafter, self.plane, self.tree = drafter, plane, tree
-        self.rule, self.page_table, self.state = rule, page_table, state
+        self.drafter, self.plane, self.tree = drafter, plane, round_.tree
+        self.round, self.rule, self.page_table, self.state = round_, rule, page_table, state
         self._features = state.pending_features[:, :1]  # [B, E, d] of the last pass
 
     def propose(self, above: DraftedLevel | None, count: int) -> Tensor:
@@ -144,7 +154,9 @@ class _Drafting:
         else:
             self._features = self._expand(above)
             depth = above.depth + 1
-        return self.rule.propose(self.drafter.logits(self._features), depth, count)
+        logits = self.drafter.logits(self._features)
+        adjust_draft(self.round, logits, above)
+        return self.rule.propose(logits, depth, count)
 
     def _run(self, tokens: Tensor, features: Tensor, positions: Tensor, plan: TreePlan) -> Tensor:
         embeddings = self.drafter.embed(tokens)

@@ -8,6 +8,7 @@ first set and later put back.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from aquiline.core.params import SamplingParams
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.round import decode_round
 from aquiline.decoding.state import DecodeState
+from aquiline.sampling.adjust import Adjustments
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeTables
 from aquiline.speculation.verification.rules import RuleFactory
@@ -39,11 +41,19 @@ class DeviceRows:
     active: Tensor
 
     @classmethod
-    def empty(cls, rows: int, columns: int, pending: int, models: DecoderModels) -> DeviceRows:
+    def empty(
+        cls,
+        rows: int,
+        columns: int,
+        pending: int,
+        models: DecoderModels,
+        adjustments: Adjustments | None = None,
+    ) -> DeviceRows:
         """``rows`` rows of padding, of ``columns`` pages and ``pending`` pairs at most."""
         device = models.device
         state = DecodeState.empty(rows, pending, models.feature_size, models.dtype, device)
-        sampling = SamplingBatch.of([SamplingParams(temperature=0)] * rows, [0] * rows, device)
+        params = [SamplingParams(temperature=0)] * rows
+        sampling = SamplingBatch.of(params, [0] * rows, device, adjustments=adjustments)
         pages = torch.zeros(rows, columns, dtype=torch.int64, device=device)
         active = torch.zeros(rows, dtype=torch.bool, device=device)
         return cls(state, sampling, pages, active)
@@ -59,18 +69,32 @@ class DeviceRows:
         self.sampling.copy(source.sampling.select(rows), count)
         self.active[:count].fill_(True)
         self.active[count:].fill_(False)
+        self.sampling.slots[count:].fill_(-1)
         self.state.lengths[count:].fill_(self.state.room)
+
+
+class Emitted(NamedTuple):
+    """What a round says of R rows.
+
+    Attributes:
+        tokens: [R, 1 + D + 1] int64: how many draft tokens were accepted, then the tokens, that
+            many and one more of them valid.
+        logprobs: [R, D + 1, ...] of the tokens, see ops.token_logprobs; None if nobody wants them.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor | None
 
 
 @torch.inference_mode()
 def advance(
     models: DecoderModels, planes: Planes, tree: TreeTables, rule: RuleFactory, rows: DeviceRows
-) -> Tensor:
-    """One round of all rows, in place -> emitted [R, 1 + D + 1]: how many draft tokens were
-    accepted, then the tokens, that many and one more of them valid."""
+) -> Emitted:
+    """One round of all rows, in place."""
     result = decode_round(models, planes, tree, rule, rows.page_table, rows.state, rows.sampling)
     # A padding row stays where it is: with room before it for the pairs that it feeds.
     lengths = torch.where(rows.active, result.state.lengths, rows.state.room)
     rows.state.copy(replace(result.state, lengths=lengths), len(rows.active))
     verdict = result.verdict
-    return torch.cat((verdict.accepted[:, None], verdict.tokens), dim=1)
+    tokens = torch.cat((verdict.accepted[:, None], verdict.tokens), dim=1)
+    return Emitted(tokens, result.logprobs)

@@ -10,11 +10,14 @@ from aquiline.core.errors import AquilineError
 from aquiline.core.outputs import RequestOutput
 from aquiline.core.params import MAX_SEED, SamplingParams
 from aquiline.core.request import Request
+from aquiline.engine.admission import admit, end_tokens
+from aquiline.engine.choices import Choices
 from aquiline.engine.config import EngineConfig
 from aquiline.engine.loader import LoadedModel
-from aquiline.engine.runner import Runner, Ticket
-from aquiline.engine.scheduler import Scheduler, StepTokens
-from aquiline.engine.sequence import Sequence
+from aquiline.engine.runner import Runner
+from aquiline.engine.scheduler import Scheduler
+from aquiline.engine.sequence import Sequence, StepTokens
+from aquiline.engine.ticket import Ticket
 from aquiline.kvcache.pages import PageAllocator
 from aquiline.kvcache.table import PageTable
 from aquiline.speculation.verification.rules import RULES
@@ -59,14 +62,14 @@ class Engine:
             self._flight.append(ticket)
         if len(self._flight) <= ahead:
             return []
-        return self.runner.collect(self._flight.popleft())
+        return list(self._flight.popleft().collect())
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
     def add_request(self, prompt_token_ids: Tokens[int], params: SamplingParams) -> int:
-        """Queue a prompt and return its id; raises AquilineError on a prompt that cannot run."""
+        """Queue a prompt and return its id; raises AquilineError on what cannot run."""
         count, limit = len(prompt_token_ids), self.max_model_len
         vocab = self.runner.models.target.config.vocab_size
         if count == 0:
@@ -78,21 +81,24 @@ class Engine:
             )
         if not all(0 <= token < vocab for token in prompt_token_ids):
             raise AquilineError(f"prompt_token_ids: a token is outside the vocabulary of {vocab}")
+        params = admit(params, self.tokenizer, vocab, limit - count)
         self._next_id += 1
         seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
         request = Request(self._next_id, tuple(prompt_token_ids), params, seed)
-        ends = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            ends |= set(self.tokenizer.eos_token_ids)
-        self.scheduler.add(
+        sequences = tuple(
             Sequence(
                 request,
+                index,
                 PageTable(self.allocator, self.config.page_size),
-                Detokenizer(self.tokenizer, params.skip_special_tokens, params.stop),
-                frozenset(ends),
+                Detokenizer(
+                    self.tokenizer, params.skip_special_tokens, params.stop, params.min_tokens
+                ),
+                end_tokens(params, self.tokenizer),
                 min(params.max_tokens or limit, limit - count),
             )
+            for index in range(params.n)
         )
+        self.scheduler.add(Choices(request, sequences, self.tokenizer))
         return request.id
 
     def abort(self, request_id: int) -> RequestOutput | None:

@@ -1,4 +1,4 @@
-"""Runner: turns a scheduled batch into device work, and the device's answer into tokens.
+"""Runner: turns a scheduled batch into device work.
 
 On CUDA a round is one replay of a captured graph and nothing waits for it: the tokens are copied to
 pinned memory behind it and read one step later. On the CPU the same round runs eagerly.
@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -17,9 +19,12 @@ from torch import Tensor
 from aquiline.decoding.graph import RoundGraph
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.prefill import prefill
-from aquiline.decoding.rows import DeviceRows, advance
-from aquiline.engine.scheduler import Batch, StepTokens
+from aquiline.decoding.prompt_scores import prompt_logprobs
+from aquiline.decoding.rows import DeviceRows, Emitted, advance
+from aquiline.engine.scheduler import Batch
 from aquiline.engine.sequence import Sequence
+from aquiline.engine.ticket import Ticket
+from aquiline.sampling.adjust import Adjustments
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.dispatch.dispatcher import BATCH_BUCKETS, TreeChooser
 from aquiline.speculation.dispatch.paths import BANDS
@@ -28,23 +33,6 @@ from aquiline.speculation.verification.rules import RuleFactory
 
 WARM_CONTEXTS = (512, 8192)
 IN_FLIGHT = 3  # host buffers in turn: one being read, one under way, one being filled
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """Work in flight.
-
-    Attributes:
-        sequences: with the epoch each had at launch; one that was preempted since is not served.
-        emitted: [B, 1 + D + 1] in host memory, see decoding.rows; a prefill accepted -1.
-        tree: what was verified; None for a prefill.
-        done: on CUDA, recorded behind the copy to ``emitted``.
-    """
-
-    sequences: tuple[tuple[Sequence, int], ...]
-    emitted: Tensor
-    tree: TreeShape | None
-    done: torch.cuda.Event | None
 
 
 @dataclass(frozen=True)
@@ -75,7 +63,9 @@ class Runner:
         self.models, self.planes, self.rule = models, planes, rule
         self.trees: tuple[TreeTables, ...] = tuple(tree.tables(models.device) for tree in trees)
         self._room = columns, max(tree.depth for tree in trees) + 1
-        self.rows = DeviceRows.empty(rows, *self._room, models)
+        vocab = models.target.config.vocab_size
+        self.adjustments = Adjustments.empty(rows, vocab, models.device)
+        self.rows = DeviceRows.empty(rows, *self._room, models, self.adjustments)
         self.cuda = models.device.type == "cuda"
         self.ahead = 1 if self.cuda else 0
         self._pool = torch.cuda.graph_pool_handle() if self.cuda else None
@@ -106,47 +96,54 @@ class Runner:
     def launch(self, batch: Batch) -> Ticket | None:
         """Enqueue the batch's work; nothing is read back. None if there is none."""
         if batch.prefills:
-            return self._prefill(batch.prefills)
+            return self._prefill(batch.prefills, batch.twins)
         return self._round(batch.decodes, batch.tree) if batch.decodes else None
-
-    def collect(self, ticket: Ticket) -> list[StepTokens]:
-        """Wait for a ticket, and commit what it did for the sequences that still want it."""
-        if ticket.done is not None:
-            ticket.done.synchronize()
-        served = []
-        for (sequence, epoch), (accepted, *tokens) in zip(
-            ticket.sequences, ticket.emitted.tolist(), strict=False
-        ):
-            if sequence.epoch != epoch:
-                continue
-            if ticket.tree is None:  # the prompt is committed, one token was drawn
-                sequence.arrived(len(sequence.tokens))
-                served.append(StepTokens(sequence, (tokens[0],), (0,)))
-                continue
-            sequence.arrived(accepted + 1, ticket.tree.depth + 1)
-            sequence.record_round(accepted, ticket.tree.size - 1, ticket.tree.depth)
-            depths = (*range(1, accepted + 1), 0)
-            served.append(StepTokens(sequence, tuple(tokens[: accepted + 1]), depths))
-        return served
 
     # ---------------------------------------------------------------------------------- launching
 
-    def _prefill(self, sequences: tuple[Sequence, ...]) -> Ticket:
+    def _prefill(
+        self, prompts: tuple[Sequence, ...], twins: tuple[tuple[Sequence, int], ...]
+    ) -> Ticket:
         self._put_back()
-        prompts = [sequence.tokens for sequence in sequences]
+        sequences = (*prompts, *(twin for twin, _ in twins))
         rows = self._tensor([sequence.row for sequence in sequences])
         for sequence in sequences:
             assert sequence.row is not None
-            self.rows.sampling.set(sequence.row, sequence.request.params, sequence.request.seed)
+            request = sequence.request
+            self.rows.sampling.set(sequence.row, request.params, request.seed, sequence.index)
+            self.adjustments.set(
+                sequence.row, request.params, request.prompt_token_ids, sequence.output,
+                sequence.end_tokens,
+            )  # fmt: skip
             sequence.launched(len(sequence.tokens))
-        state = prefill(
-            self.models, self.planes, self._tensor(_padded([s.table.pages for s in sequences])),
-            self._tensor(_padded(prompts)), self._tensor([len(prompt) for prompt in prompts]),
-            self._sampling_of(sequences, rows),
+        self._sampling = None  # rows may have changed
+        tokens = self._tensor(_padded([sequence.tokens for sequence in prompts]))
+        sources = [*range(len(prompts)), *(leader for _, leader in twins)] if twins else None
+        done = prefill(
+            self.models, self.planes, self._tensor(_padded([s.table.pages for s in prompts])),
+            tokens, self._tensor([len(sequence.tokens) for sequence in prompts]),
+            self._sampling_of(sequences, rows), None if sources is None else self._tensor(sources),
         )  # fmt: skip
-        self.rows.state.store(rows, state)
-        emitted = torch.stack((torch.full_like(state.roots, -1), state.roots), dim=1)
-        return self._ticket(sequences, emitted, None)
+        for twin, leader in twins:
+            self._copy_last_page(prompts[leader], twin)
+        self.rows.state.store(rows, done.state)
+        said = torch.stack((torch.full_like(done.state.roots, -1), done.state.roots), dim=1)
+        scores = {
+            place: prompt_logprobs(
+                self.models.target, done.features[place, :count], tokens[place, :count]
+            )
+            for place, sequence in enumerate(prompts)
+            if sequence.wants_prompt_scores
+            for count in [len(sequence.tokens)]
+        }
+        return self._ticket(sequences, Emitted(said, done.logprobs), None, scores)
+
+    def _copy_last_page(self, leader: Sequence, twin: Sequence) -> None:
+        """The page of the prompt's last token, the only one that the two do not share."""
+        last = (len(leader.tokens) - 1) // leader.table.page_size
+        for plane in (self.planes.target, self.planes.draft):
+            if plane is not None:
+                plane.copy_page(leader.table.pages[last], twin.table.pages[last])
 
     def _round(self, sequences: tuple[Sequence, ...], tree: int) -> Ticket:
         tables = self.trees[tree]
@@ -199,7 +196,9 @@ class Runner:
     def _graph(self, size: int, tree: int) -> RoundGraph:
         if (size, tree) not in self._graphs:
             if size not in self._batches:
-                self._batches[size] = DeviceRows.empty(size, *self._room, self.models)
+                self._batches[size] = DeviceRows.empty(
+                    size, *self._room, self.models, self.adjustments
+                )
             self._put_back()
             batch = self._batches[size]
             batch.take(self.rows, self._tensor([]))  # all padding
@@ -211,16 +210,34 @@ class Runner:
         return self._graphs[size, tree]
 
     def _ticket(
-        self, sequences: tuple[Sequence, ...], emitted: Tensor, tree: TreeShape | None
+        self,
+        sequences: tuple[Sequence, ...],
+        emitted: Emitted,
+        tree: TreeShape | None,
+        prompts: Mapping[int, Tensor] = MappingProxyType({}),
     ) -> Ticket:
         entries = tuple((sequence, sequence.epoch) for sequence in sequences)
         if not self.cuda:
-            return Ticket(entries, emitted, tree, None)
-        host = self._buffer("emitted", *emitted.shape)
-        host.copy_(emitted, non_blocking=True)
+            return Ticket(entries, emitted, prompts, tree, None)
+        logprobs = None
+        if any(sequence.request.params.logprobs is not None for sequence in sequences):
+            assert emitted.logprobs is not None
+            logprobs = self._to_host("logprobs", emitted.logprobs)
+        said = Emitted(self._to_host("emitted", emitted.tokens), logprobs)
+        scores = {
+            place: torch.empty_like(rows, device="cpu", pin_memory=True).copy_(
+                rows, non_blocking=True
+            )
+            for place, rows in prompts.items()
+        }
         done = torch.cuda.Event()  # type: ignore[no-untyped-call]
         done.record()
-        return Ticket(entries, host, tree, done)
+        return Ticket(entries, said, scores, tree, done)
+
+    def _to_host(self, name: str, values: Tensor) -> Tensor:
+        return self._buffer(name, *values.shape, dtype=values.dtype).copy_(
+            values, non_blocking=True
+        )
 
     # ------------------------------------------------------------------------------ host to device
 
@@ -232,14 +249,18 @@ class Runner:
         if self._sampling is None or self._sampling[0] != sequences:
             params = [sequence.request.params for sequence in sequences]
             seeds = [sequence.request.seed for sequence in sequences]
-            self._sampling = sequences, SamplingBatch.of(params, seeds, self.models.device)
+            choices = [sequence.index for sequence in sequences]
+            batch = SamplingBatch.of(
+                params, seeds, self.models.device, choices, self.adjustments, rows.tolist()
+            )
+            self._sampling = sequences, batch
         return self._sampling[1]
 
-    def _buffer(self, name: str, *shape: int) -> Tensor:
+    def _buffer(self, name: str, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         """A pinned tensor that no work in flight uses."""
         ring = self._buffers.setdefault((name, shape), [])
         if len(ring) < IN_FLIGHT:
-            ring.append(torch.zeros(shape, dtype=torch.int64, pin_memory=True))
+            ring.append(torch.zeros(shape, dtype=dtype, pin_memory=True))
         else:
             ring.append(ring.pop(0))
         return ring[-1]

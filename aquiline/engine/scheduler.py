@@ -4,17 +4,17 @@ Requests wait in order of arrival. A waiting request is admitted when a row is f
 and one tree fit in free pages; admitted prompts are prefilled before the next round. A running
 request grows page by page; when none is left the newest running request is preempted: its pages are
 freed and it waits, first in line, to be prefilled again with what it has said. The seed contract
-makes its text the same.
+makes its text the same. Choices of one request that are admitted together share its prompt's pages.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from aquiline.core.outputs import RequestOutput
-from aquiline.engine.sequence import Sequence
+from aquiline.engine.choices import Choices
+from aquiline.engine.sequence import Sequence, StepTokens
 from aquiline.kvcache.pages import OutOfPages
 from aquiline.speculation.dispatch.dispatcher import TreeChooser
 from aquiline.speculation.dispatch.paths import band_of
@@ -23,25 +23,17 @@ from aquiline.speculation.dispatch.paths import band_of
 @dataclass(frozen=True)
 class Batch:
     """One step's work: prompts to prefill, or running sequences to advance by one round of a tree
-    (an index among the chooser's candidates)."""
-
-    prefills: tuple[Sequence, ...] = ()
-    decodes: tuple[Sequence, ...] = ()
-    tree: int = 0
-
-
-@dataclass(frozen=True)
-class StepTokens:
-    """What a step emitted for one sequence.
+    (an index among the chooser's candidates).
 
     Attributes:
-        tokens: in order.
-        depths: the tree depth each was accepted at; 0 for the target's own token.
+        twins: sequences that share the prompt and its full pages with one among ``prefills``: each
+            with the index of that one.
     """
 
-    sequence: Sequence
-    tokens: tuple[int, ...]
-    depths: tuple[int, ...]
+    prefills: tuple[Sequence, ...] = ()
+    twins: tuple[tuple[Sequence, int], ...] = ()
+    decodes: tuple[Sequence, ...] = ()
+    tree: int = 0
 
 
 class Scheduler:
@@ -52,6 +44,7 @@ class Scheduler:
         self.chooser, self.prefill_tokens = chooser, prefill_tokens
         self.room = max(tree.size for tree in chooser.candidates)
         self.waiting: deque[Sequence] = deque()
+        self._choices: dict[int, Choices] = {}  # by request id, until the last of them ended
         self.running: list[Sequence] = []
         self._rows = list(range(max_num_seqs - 1, -1, -1))  # free rows, lowest last
 
@@ -59,14 +52,15 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+    def add(self, choices: Choices) -> None:
+        self._choices[choices.request.id] = choices
+        self.waiting.extend(choices.sequences)
 
     def schedule(self) -> Batch:
         """Admit what fits; else reserve room for a round of everything that runs."""
-        prefills = tuple(self._admit())
-        if prefills:
-            return Batch(prefills=prefills)
+        admitted = self._admit()
+        if admitted.prefills:
+            return admitted
         active = [sequence for sequence in self.running if not sequence.will_end]
         for sequence in active:
             while sequence.row is not None:
@@ -84,23 +78,34 @@ class Scheduler:
         band = band_of(temperatures[len(temperatures) // 2])
         return self.chooser.choose(len(decodes), tokens, band)
 
-    def _admit(self) -> Iterator[Sequence]:
+    def _admit(self) -> Batch:
         """Waiting sequences in order while rows, pages and the prefill budget last."""
+        prefills: list[Sequence] = []
+        twins: list[tuple[Sequence, int]] = []
         budget = self.prefill_tokens
         while self.waiting and self._rows:
             sequence = self.waiting[0]
             length = len(sequence.tokens)
-            if length > budget and budget < self.prefill_tokens:
-                return  # a prompt longer than the whole budget goes alone
+            leader = _leader(sequence, prefills)
+            if leader is not None:
+                # The page of the last token is not shared: the draft, a slot behind, writes to it.
+                sequence.table.share(prefills[leader].table, length - 1)
+            elif length > budget and budget < self.prefill_tokens:
+                break  # a prompt longer than the whole budget goes alone
             try:
                 _reserve(sequence, length + self.room)
             except OutOfPages:
-                return
+                sequence.table.free()
+                break
             self.waiting.popleft()
             sequence.row = self._rows.pop()
             self.running.append(sequence)
-            budget -= length
-            yield sequence
+            if leader is not None:
+                twins.append((sequence, leader))
+            else:
+                prefills.append(sequence)
+                budget -= length
+        return Batch(prefills=tuple(prefills), twins=tuple(twins))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
@@ -115,27 +120,43 @@ class Scheduler:
 
     def settle(self, emitted: list[StepTokens]) -> list[RequestOutput]:
         """Append what a step emitted; sequences that ended leave."""
-        outputs = []
+        deltas: dict[int, dict[int, str]] = {}
         for step in emitted:
-            delta = step.sequence.extend(step.tokens, step.depths)
-            if step.sequence.finish_reason is not None:
-                self._leave(step.sequence)
-            outputs.append(step.sequence.output_now(delta))
+            sequence, request = step.sequence, step.sequence.request.id
+            deltas.setdefault(request, {})[sequence.index] = sequence.extend(step)
+            if step.prompt is not None:
+                self._choices[request].prompt = step.prompt
+            if sequence.finish_reason is not None:
+                self._leave(sequence)
+        outputs = [self._choices[request].output_now(new) for request, new in deltas.items()]
+        for output in outputs:
+            if output.finished:
+                del self._choices[output.request_id]
         return outputs
 
     def abort(self, request_id: int) -> RequestOutput | None:
         """End a request wherever it is; None if it is unknown or already ended."""
-        for sequence in [*self.running, *self.waiting]:
-            if sequence.request.id == request_id:
+        choices = self._choices.pop(request_id, None)
+        if choices is None:
+            return None
+        deltas = {}
+        for sequence in choices.sequences:
+            if sequence.finish_reason is None:
                 sequence.finish_reason = "abort"
                 if sequence.row is not None:
                     self._leave(sequence)
                 else:
                     self.waiting.remove(sequence)
-                return sequence.output_now(sequence.detokenizer.finish())
-        return None
+                deltas[sequence.index] = sequence.detokenizer.finish()
+        return choices.output_now(deltas)
+
+
+def _leader(sequence: Sequence, prefills: list[Sequence]) -> int | None:
+    """Which of ``prefills`` has the same request and, like ``sequence``, has said nothing yet."""
+    same = (i for i, one in enumerate(prefills) if one.request is sequence.request)
+    return next((i for i in same if not (sequence.output or prefills[i].output)), None)
 
 
 def _reserve(sequence: Sequence, room: int) -> None:
     copy = sequence.table.reserve(room)
-    assert copy is None, "no sequence shares its pages yet"
+    assert copy is None, "no sequence writes to a page that it shares"

@@ -1,18 +1,33 @@
-"""Sequence: a request while the engine works on it (host side)."""
+"""Sequence: one choice of a request while the engine works on it (host side)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Tokens
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from aquiline.core.outputs import (
-    CompletionOutput,
-    FinishReason,
-    RequestOutput,
-    SpeculationStats,
-)
+from aquiline.core.outputs import CompletionOutput, FinishReason, SpeculationStats
 from aquiline.core.request import Request
+from aquiline.engine.scores import TokenScores, shown
 from aquiline.kvcache.table import PageTable
 from aquiline.text.detokenizer import Detokenizer
+
+
+@dataclass(frozen=True)
+class StepTokens:
+    """What a step emitted for one sequence.
+
+    Attributes:
+        tokens: in order.
+        depths: the tree depth each was accepted at; 0 for the target's own token.
+        scores: one a token, if the request asked for log-probabilities; else none.
+        prompt: the prompt's, from its second token on, if asked for and made in this step.
+    """
+
+    sequence: Sequence
+    tokens: tuple[int, ...]
+    depths: tuple[int, ...]
+    scores: tuple[TokenScores, ...] = ()
+    prompt: tuple[TokenScores, ...] | None = None
 
 
 class Sequence:
@@ -21,12 +36,14 @@ class Sequence:
     def __init__(
         self,
         request: Request,
+        index: int,
         table: PageTable,
         detokenizer: Detokenizer,
         end_tokens: frozenset[int],
         max_tokens: int,
     ) -> None:
-        self.request, self.table, self.detokenizer = request, table, detokenizer
+        self.request, self.index = request, index
+        self.table, self.detokenizer = table, detokenizer
         self.end_tokens, self.max_tokens = end_tokens, max_tokens
         self.row: int | None = None  # its row of the decode state, while running
         self.epoch = 0  # counts its stays on a row; work launched in an earlier one is void
@@ -35,6 +52,7 @@ class Sequence:
         self._pages_sent = 0
         self.output: list[int] = []
         self.depths: list[int] = []
+        self.scores: list[TokenScores] = []  # one a token, if asked for
         self.finish_reason: FinishReason | None = None
         self.rounds = self.emitted = self.drafted = 0
         self.accepted_by_depth: list[int] = []
@@ -43,6 +61,12 @@ class Sequence:
     def tokens(self) -> list[int]:
         """Prompt and output: what a preempted sequence is prefilled with."""
         return [*self.request.prompt_token_ids, *self.output]
+
+    @property
+    def wants_prompt_scores(self) -> bool:
+        """One choice reports for all, at its first prefill."""
+        wanted = self.request.params.prompt_logprobs is not None
+        return wanted and self.index == 0 and not self.output
 
     def launched(self, tokens: int) -> None:
         """Work is in flight that commits ``tokens`` at most."""
@@ -82,9 +106,9 @@ class Sequence:
         for level in range(accepted):
             self.accepted_by_depth[level] += 1
 
-    def extend(self, tokens: Tokens[int], depths: Tokens[int]) -> str:
+    def extend(self, step: StepTokens) -> str:
         """Append emitted tokens up to the first stop condition; returns the new text."""
-        room = self.max_tokens - len(self.output)
+        tokens, room = step.tokens, self.max_tokens - len(self.output)
         end = next((at for at, token in enumerate(tokens) if token in self.end_tokens), None)
         ended = end is not None and end < room
         kept = tokens[: end + 1] if end is not None and ended else tokens[:room]
@@ -93,27 +117,31 @@ class Sequence:
             kept = kept[: self.detokenizer.stopped_at - len(self.output)]
             ended = True
         self.output += kept
-        self.depths += depths[: len(kept)]
+        self.depths += step.depths[: len(kept)]
+        self.scores += step.scores[: len(kept)]
         if ended:
             self.finish_reason = "stop"
         elif len(self.output) >= self.max_tokens:
             self.finish_reason = "length"
         return delta if self.finish_reason is None else delta + self.detokenizer.finish()
 
-    def output_now(self, delta: str = "") -> RequestOutput:
-        """The request's state as the user sees it; made when looked at, so that a step costs
-        nothing that grows with the text."""
+    def completion_now(self) -> Callable[[], CompletionOutput]:
+        """What makes the text as it is now."""
         count, parts, reason = len(self.output), self.detokenizer.num_parts, self.finish_reason
-        counts = self.rounds, self.emitted, self.drafted, tuple(self.accepted_by_depth)
 
         def completion() -> CompletionOutput:
-            text = self.detokenizer.text_of(parts)
-            return CompletionOutput(text, tuple(self.output[:count]), reason)
+            text, tokens = self.detokenizer.text_of(parts), tuple(self.output[:count])
+            if self.request.params.logprobs is None:
+                return CompletionOutput(self.index, text, tokens, reason)
+            scores = self.scores[:count]
+            total = sum(score.logprob for score in scores)
+            logprobs = shown(scores, self.detokenizer.tokenizer)
+            return CompletionOutput(self.index, text, tokens, reason, logprobs, total)
 
-        def statistics() -> SpeculationStats:
-            return SpeculationStats(*counts, tuple(self.depths[:count]))
+        return completion
 
-        request = self.request
-        return RequestOutput(
-            request.id, request.prompt_token_ids, reason is not None, delta, completion, statistics
-        )
+    def statistics_now(self) -> Callable[[], SpeculationStats]:
+        """What makes the statistics as they are now."""
+        counts = self.rounds, self.emitted, self.drafted, tuple(self.accepted_by_depth)
+        count = len(self.output)
+        return lambda: SpeculationStats(*counts, tuple(self.depths[:count]))

@@ -11,14 +11,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.graph import RoundGraph
 from aquiline.decoding.models import DecoderModels, Planes
-from aquiline.decoding.rows import DeviceRows, advance
+from aquiline.decoding.rows import DeviceRows, Emitted, advance
 from aquiline.decoding.state import DecodeState
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
@@ -56,6 +56,7 @@ def measure_round_ms(
     seconds: float = 2.0,
     pending: int | None = None,
     capacity: int | None = None,
+    sampling: SamplingBatch | None = None,
 ) -> float:
     """Median milliseconds of one round of ``batch`` requests with ``context`` cached tokens each.
 
@@ -68,6 +69,7 @@ def measure_round_ms(
             than the depth of the deepest tree that an engine can choose; None: of this tree.
         capacity: tokens that a page table has room for, by which kernels cut their work; None:
             what this measurement needs.
+        sampling: of the batch, in place of one at ``temperature``.
     """
     device, page_size = models.device, planes.target.page_size
     tables = tree.tables(device)
@@ -77,7 +79,10 @@ def measure_round_ms(
         -(-(capacity or 0) // page_size),
     )  # fmt: skip
 
-    def one_round() -> Tensor:
+    if sampling is not None:
+        rows = replace(rows, sampling=sampling)
+
+    def one_round() -> Emitted:
         return advance(models, planes, tables, rule, rows)
 
     graph = RoundGraph(one_round) if device.type == "cuda" else None

@@ -1,9 +1,8 @@
 """Losslessness, measured: does a verification rule emit exactly the target's distribution?
 
-An oracle of the target distribution that shares no code with ``sampling``, Pearson's chi-square
-test, and a driver that runs many requests through the real functions (grow, rule, noise) with
-tables in place of models: the next token's logits are a function of the token before, so the joint
-law of the first tokens is a product of table rows and is known exactly.
+Pearson's chi-square test, and a driver that runs many requests through the real functions (grow,
+adjustments, rule, noise) with tables in place of models: the next token's logits are a function of
+the token before, so the joint law of the first tokens is known exactly (oracle.py).
 """
 
 from __future__ import annotations
@@ -15,7 +14,10 @@ import torch
 from torch import Tensor
 
 from aquiline.core.params import SamplingParams
+from aquiline.evaluation.oracle import TextLaw
+from aquiline.sampling.adjust import Adjustments
 from aquiline.sampling.batch import SamplingBatch
+from aquiline.speculation.adjusting import adjust_draft, adjust_target, settle
 from aquiline.speculation.drafting import DraftedLevel, grow
 from aquiline.speculation.tree import TreeShape, TreeTables
 from aquiline.speculation.verification.noise import RoundNoise
@@ -25,41 +27,7 @@ RuleFactory = Callable[[RoundNoise], Rule]
 ROOT = 0  # the token every request starts from
 MIN_EXPECTED = 5.0
 CHUNK = 20_000
-
-
-# ------------------------------------------------------------------------------------- the oracle
-
-
-def target_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
-    """logits [..., V] -> the distribution that ``params`` ask for, fp64, token by token."""
-    rows = [_one_distribution(row, params) for row in logits.double().reshape(-1, logits.shape[-1])]
-    return torch.stack(rows).reshape(logits.shape)
-
-
-def _one_distribution(logits: Tensor, params: SamplingParams) -> Tensor:
-    values = logits.tolist()
-    order = sorted(range(len(values)), key=lambda token: (-values[token], token))
-    if params.temperature == 0:
-        return torch.zeros_like(logits).index_fill(0, torch.tensor(order[0]), 1.0)
-    best = values[order[0]]
-    weight = torch.exp((logits - best) / params.temperature).tolist()
-    if params.top_k:
-        last = values[order[min(params.top_k, len(order)) - 1]]
-        order = [token for token in order if values[token] >= last]
-    total = sum(weight[token] for token in order)
-    kept: list[int] = []
-    mass_above = mass = 0.0  # strictly above the group of equal tokens at hand; of all so far
-    for token in order:
-        if not kept or values[token] < values[kept[-1]]:
-            mass_above = mass
-        if params.top_p < 1 and kept and mass_above >= params.top_p:
-            break
-        kept.append(token)
-        mass += weight[token] / total
-    kept = [token for token in kept if weight[token] >= params.min_p]  # the largest weight is 1
-    probs = torch.zeros_like(logits)
-    probs[kept] = torch.tensor([weight[token] for token in kept], dtype=probs.dtype)
-    return probs / probs.sum()
+VOCAB_ROOM = 64  # the vocabularies here are no larger
 
 
 # --------------------------------------------------------------------------------- the statistics
@@ -101,27 +69,30 @@ class Cells:
         return chi_square(self.counts, self.expected)
 
 
-def joint_cells(tokens: Tensor, transition: Tensor) -> Cells:
-    """The joint law of tokens [B, L] of a Markov chain [V, V] that starts at ``ROOT``.
+def joint_cells(tokens: Tensor, law: Callable[[Tensor], Tensor]) -> Cells:
+    """The joint law of tokens [B, L]; ``law`` of the next one is a function of those before, [n, k]
+    -> [n, V].
 
     A cell is a sequence that expects at least 5; what is left of a prefix when such sequences are
     taken out is one cell too, so no mass is lost and there are few cells however long the sequence.
     """
     rows = tokens.shape[0]
-    prob, last = torch.ones(1, dtype=torch.float64), torch.tensor([ROOT])  # of the open prefixes
+    prob = torch.ones(1, dtype=torch.float64)  # of the open prefixes
+    said = torch.zeros(1, 0, dtype=torch.int64)
     at = torch.zeros(rows, dtype=torch.int64)  # the open prefix of each row that is still in one
     counts: list[Tensor] = []
     expected: list[Tensor] = []
     for position in range(tokens.shape[1]):
         column = tokens[:, position]
-        longer = prob[:, None] * transition[last]  # [open, V]
+        longer = prob[:, None] * law(said)  # [open, V]
         stays_open = longer * rows >= MIN_EXPECTED
         stays = stays_open[at, column]
         counts.append(torch.bincount(at[~stays], minlength=len(prob)))
         expected.append(torch.where(stays_open, 0.0, longer).sum(dim=-1) * rows)
         index = stays_open.flatten().cumsum(0).view_as(longer) - 1
         at, tokens = index[at, column][stays], tokens[stays]
-        prob, last = longer[stays_open], stays_open.nonzero()[:, 1]
+        prefix, token = stays_open.nonzero(as_tuple=True)
+        prob, said = longer[stays_open], torch.cat((said[prefix], token[:, None]), dim=1)
     counts.append(torch.bincount(at, minlength=len(prob)))
     expected.append(prob * rows)
     return Cells(torch.cat(counts), torch.cat(expected))
@@ -187,27 +158,34 @@ def measure_fit(
     params: SamplingParams,
     rows: int,
     seed: int = 0,
+    prompt: tuple[int, ...] = (ROOT,),
+    end_tokens: tuple[int, ...] = (),
 ) -> Fit:
     """Chi-square of the first token, and of the first depth + 1 together, over ``rows`` requests.
+
+    The prompt ends with ``ROOT``. Nothing ends a text: what ``end_tokens`` does is up to
+    ``min_tokens``.
 
     Every request has its own seed and position. One whose first round emits fewer than depth + 1
     tokens goes on with further rounds, so what a round leaves to the next is tested too.
     """
     generator = torch.Generator().manual_seed(seed)
     tree = shape.tables(torch.device("cpu"))
-    transition = target_distribution(pair.target, params)
+    law = TextLaw(pair.target, params, prompt, end_tokens)
     samples, accepted = [], []
     for start in range(0, rows, CHUNK):
         count = min(CHUNK, rows - start)
-        sampling = _sampling(params, torch.randint(2**63 - 1, (count,), generator=generator))
+        seeds = torch.randint(2**63 - 1, (count,), generator=generator)
         positions = torch.randint(1, 2**20, (count,), generator=generator)
+        adjustments = _adjustments(pair, params, prompt, end_tokens, positions)
+        sampling = _sampling(params, seeds, adjustments)
         texts = _texts(pair, tree, rule, sampling, positions)
         samples.append(texts.tokens)
         accepted.append(texts.accepted)
     tokens, per_round = torch.cat(samples), torch.cat(accepted) + 1
     return Fit(
-        joint_cells(tokens[:, :1], transition).p_value,
-        joint_cells(tokens, transition).p_value,
+        joint_cells(tokens[:, :1], law).p_value,
+        joint_cells(tokens, law).p_value,
         len(per_round),
         float(per_round.double().mean()),
     )
@@ -221,15 +199,31 @@ class _Texts:
     accepted: Tensor
 
 
-def _sampling(params: SamplingParams, seeds: Tensor) -> SamplingBatch:
+def _sampling(params: SamplingParams, seeds: Tensor, adjustments: Adjustments) -> SamplingBatch:
     """One row per seed, all with the same parameters."""
-    one = SamplingBatch.of([params], [0], seeds.device)
+    one = SamplingBatch.of([params], [0], seeds.device, adjustments=adjustments, slots=[0])
     count = len(seeds)
     return SamplingBatch(
         one.temperature.expand(count), one.top_k.expand(count), one.top_p.expand(count),
-        one.min_p.expand(count), seeds, torch.zeros_like(seeds),
-        one.all_greedy, one.filtered,
+        one.min_p.expand(count), seeds, torch.zeros_like(seeds), torch.arange(count),
+        one.all_greedy, one.filtered, one.adjustments, one.logprobs,
     )  # fmt: skip
+
+
+def _adjustments(
+    pair: MarkovPair,
+    params: SamplingParams,
+    prompt: tuple[int, ...],
+    end_tokens: tuple[int, ...],
+    positions: Tensor,
+) -> Adjustments:
+    """One row per request, whose first token is at ``positions`` [B]."""
+    vocab = len(pair.target)
+    one = Adjustments.empty(1, vocab, positions.device, biased=VOCAB_ROOM, ends=VOCAB_ROOM)
+    one.set(0, params, prompt, (), end_tokens)
+    rows = one.select(torch.zeros_like(positions))
+    rows.min_length.copy_(positions + params.min_tokens)
+    return rows
 
 
 def _texts(
@@ -267,8 +261,13 @@ def _one_round(
 
     def propose(above: DraftedLevel | None, count: int) -> Tensor:
         parents = roots[:, None] if above is None else above.expanded_tokens
-        return rule.propose(pair.draft[parents], 1 if above is None else above.depth + 1, count)
+        logits = pair.draft[parents]
+        adjust_draft(round_, logits, above)
+        return rule.propose(logits, 1 if above is None else above.depth + 1, count)
 
     tokens = grow(round_.tree, roots, propose, pair.to_target)
-    verdict = rule.accept(tokens, pair.target[tokens])
+    logits = pair.target[tokens]
+    raw = adjust_target(round_, logits, tokens)
+    verdict = rule.accept(tokens, logits)
+    settle(round_, logits, raw, verdict)
     return verdict.tokens, verdict.accepted

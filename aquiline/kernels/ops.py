@@ -17,25 +17,51 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from aquiline.kernels import cpu, reference, reference_sampling, reference_training
+from aquiline.kernels import (
+    cpu,
+    reference,
+    reference_adjust,
+    reference_sampling,
+    reference_training,
+)
+from aquiline.kernels.adjustments import (
+    LOGPROB_COLUMNS,
+    MAX_COUNT,
+    MAX_ENDS,
+    TOP_LOGPROBS,
+    UNUSED,
+    AdjustmentTable,
+    Flag,
+    History,
+)
 from aquiline.kernels.noise import NoiseKey, Stream, gumbel_noise, philox, uniform_noise
 from aquiline.kernels.reference import rotary
 from aquiline.kernels.reference_sampling import probabilities, scaled_scores
 
 if torch.cuda.is_available():  # a CPU needs no Triton
-    from aquiline.kernels.triton import attention, elementwise, multi_round, sampling
+    from aquiline.kernels.triton import adjust, attention, elementwise, multi_round, sampling
     from aquiline.kernels.triton import divergence as laws
     from aquiline.kernels.triton import linear as skinny
 
 __all__ = [
+    "LOGPROB_COLUMNS",
+    "MAX_COUNT",
+    "MAX_ENDS",
+    "TOP_LOGPROBS",
+    "UNUSED",
+    "AdjustmentTable",
     "Divergence",
+    "Flag",
     "Followed",
+    "History",
     "NoiseKey",
     "Norm",
     "Normed",
     "PackedWeight",
     "PendingRows",
     "Stream",
+    "adjust_logits",
+    "count_tokens",
     "divergence",
     "draw_top",
     "follow_matches",
@@ -58,6 +84,7 @@ __all__ = [
     "score_floor",
     "silu_mul",
     "slots_at",
+    "token_logprobs",
     "tree_attention",
     "uniform_noise",
 ]  # fmt: skip
@@ -425,6 +452,68 @@ def multi_round_accept(
         target_logits, target_floor, draft_logits, draft_floor, tokens, temperature, children,
         draft_rows, draft_columns, accept_key, residual_key,
     )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------- adjustments
+#
+# Twins in ``reference_adjust.py``. B requests; ``slots`` [B] int64 is the row of each in the table,
+# -1 for none. A row without a slot, or without the flags that matter, costs a kernel's early exit.
+
+
+def adjust_logits(
+    logits: Tensor,
+    table: AdjustmentTable,
+    slots: Tensor,
+    positions: Tensor,
+    levels: Tensor | None,
+    history: History | None,
+    token_ids: Tensor | None,
+    raw: Tensor | None,
+) -> None:
+    """Adjust logits [B, N, V] in place, as adjustments.py says; banned tokens get -inf.
+
+    Computed in fp32 and rounded to the logits' dtype once.
+
+    Args:
+        positions: [B, P] absolute position of the token to be drawn; ``levels`` [N] is the column
+            of each row of logits; None: column n for row n.
+        history: the tokens between root and row; None: there are none.
+        token_ids: [V] the token that each index stands for; None: itself.
+        raw: [B, N, V] contiguous; gets the logits as they were, of requests that are adjusted and
+            want log-probabilities. None: nobody does.
+    """
+    run = adjust.adjust_logits if _on_triton(logits) else reference_adjust.adjust_logits
+    run(logits, table, slots, positions, levels, history, token_ids, raw)
+
+
+def count_tokens(table: AdjustmentTable, slots: Tensor, tokens: Tensor, how_many: Tensor) -> None:
+    """The first ``how_many`` [B] of tokens [B, L] were said: counted where penalties need it."""
+    run = adjust.count_tokens if tokens.is_cuda else reference_adjust.count_tokens
+    run(table, slots, tokens, how_many)
+
+
+def token_logprobs(
+    logits: Tensor,
+    raw: Tensor | None,
+    table: AdjustmentTable | None,
+    slots: Tensor | None,
+    path: Tensor | None,
+    chosen: Tensor,
+) -> Tensor:
+    """Log-probabilities under the raw logits, [B, L, LOGPROB_COLUMNS] fp32.
+
+    In order: that of the chosen token; its rank, from 1; those of the TOP_LOGPROBS likeliest; their
+    ids (exact in fp32 up to 2^24). Ties go to the lowest id; past a smaller vocabulary -inf and -1.
+    Rows of requests that want none may hold anything.
+
+    Args:
+        logits: [B, N, V] after ``adjust_logits`` with ``raw``.
+        table, slots: None: every row is wanted, and nothing was adjusted.
+        path: [B, L] the row of logits for each token; None: row l for token l.
+        chosen: [B, L].
+    """
+    run = adjust.token_logprobs if _on_triton(logits) else reference_adjust.token_logprobs
+    return run(logits, raw, table, slots, path, chosen)
 
 
 # ------------------------------------------------------------------------------------ training

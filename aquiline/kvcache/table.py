@@ -77,6 +77,14 @@ class PageTable:
         twin.length = self.length
         return twin, copy
 
+    def share(self, other: PageTable, tokens: int) -> None:
+        """Begin with the pages that the first ``tokens`` tokens of another sequence fill; nothing
+        is committed in them yet, and ``reserve`` adds this sequence's own."""
+        assert not self.pages, "only an empty table begins with another's pages"
+        self.pages = other.pages[: tokens // self.page_size]
+        for page in self.pages:
+            self.allocator.share(page)
+
     def free(self) -> None:
         """Give every page back (the request ended, was aborted or preempted)."""
         self.rewind(0)

@@ -22,11 +22,15 @@ ProposeChildren = Callable[["DraftedLevel | None", int], Tensor]
 
 @dataclass(frozen=True)
 class DraftedLevel:
-    """The nodes of one depth: tokens [B, W] and the level's static tables."""
+    """The nodes of one depth: tokens [B, W] and the level's static tables.
+
+    ``drafted`` [B, n] are the tokens of all nodes so far, the root first.
+    """
 
     depth: int
     level: Level
     tokens: Tensor
+    drafted: Tensor
 
     @property
     def expanded_tokens(self) -> Tensor:
@@ -44,12 +48,12 @@ def grow(
         propose: children for the level above; called once per depth, root first.
         to_target: draft vocabulary ids -> target token ids.
     """
-    columns = [root[:, None]]
+    drafted = root[:, None]
     above: DraftedLevel | None = None
     for depth, level in enumerate(tree.levels, start=1):
         best = propose(above, level.fan_out)  # [B, E, fan_out]
         chosen = best.flatten(1) if level.whole else best[:, level.parents, level.ranks]
         tokens = to_target(chosen)
-        columns.append(tokens)
-        above = DraftedLevel(depth, level, tokens)
-    return torch.cat(columns, dim=1)
+        drafted = torch.cat((drafted, tokens), dim=1)
+        above = DraftedLevel(depth, level, tokens, drafted)
+    return drafted

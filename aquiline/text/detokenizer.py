@@ -31,15 +31,20 @@ class Detokenizer:
     Attributes:
         stopped_at: how many of the appended tokens lead up to the end of the first stop string, the
             token that completed it included; None while there was none. Later tokens are ignored.
+            One that the first ``min_tokens`` tokens complete is text like any other.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, stop: tuple[str, ...] = ()
+        self,
+        tokenizer: Tokenizer,
+        skip_special_tokens: bool = True,
+        stop: tuple[str, ...] = (),
+        min_tokens: int = 0,
     ) -> None:
         self.stopped_at: int | None = None
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
-        self._stop = stop
+        self._stop, self._min_tokens = stop, min_tokens
         self._count = 0
         self._window: list[int] = []
         self._num_context = 0
@@ -85,7 +90,7 @@ class Detokenizer:
         return shown
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def _settle(self) -> str:
         """Text that no later token can change; moves the window on when it ends a character."""
@@ -123,7 +128,13 @@ class Detokenizer:
     def _show(self, settled: str) -> str:
         """Pass settled text on, up to a stop string or to what may become one."""
         text = self._held + settled
-        found = [(text.find(stop) + len(stop), -len(stop)) for stop in self._stop if stop in text]
+        live = self._stop if self._count > self._min_tokens else ()
+        held = len(self._held)  # what ends in it was completed too early
+        found = [
+            (start + len(stop), -len(stop))
+            for stop in live
+            if (start := text.find(stop, max(0, held + 1 - len(stop)))) >= 0
+        ]
         if found:
             end, minus_length = min(found)
             self.stopped_at = self._count

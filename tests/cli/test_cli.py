@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from aquiline.cli.main import main
+from aquiline.core.params import SamplingParams
+from aquiline.engine.llm import LLM
 from aquiline.speculation.dispatch.paths import BANDS
 from aquiline.speculation.dispatch.table import DispatchTable
 from tests.tiny_checkpoint import VOCAB, write_draft, write_eagle3, write_target
@@ -128,6 +130,13 @@ BAD = {
     "top-p": (GENERATE + " -p a --top-p 2", "top_p=2"),
     "max tokens": ("generate {root}/target -p a --max-tokens 0", "max_tokens=0"),
     "seed": (GENERATE + " -p a --seed -1", "seed=-1"),
+    "choices": (GENERATE + " -p a --n 0", "n=0"),
+    "least tokens": (GENERATE + " -p a --min-tokens 999", "min_tokens=999"),
+    "penalty": (GENERATE + " -p a --presence-penalty 3", "presence_penalty=3"),
+    "bias, no JSON": (GENERATE + " -p a --logit-bias 5:1", "--logit-bias 5:1"),
+    "bias, a list": (GENERATE + " -p a --logit-bias [5]", "--logit-bias [5]"),
+    "bias, a word": (GENERATE + ' -p a --logit-bias {{"5":"x"}}', "logit_bias={5: 'x'}"),
+    "log-probabilities": (GENERATE + " -p a --logprobs 1", "--logprobs 1: "),
     "dtype": ("generate {root}/target -p a --dtype int4", "dtype='int4'"),
     "verification": (DRAFTED + "draft --verification typical", "verification='typical'"),
     "empty prompt": (GENERATE + " --no-chat --prompt=", "prompt: it is empty"),
@@ -241,6 +250,30 @@ def test_generate_streams_what_the_batch_says(aquiline: Command, root: Path) -> 
     assert streamed.out == json.loads(record.out)["text"] + "\n"
     assert aquiline(*args, "--tree", "[[0],[1],[0,0]]").out == streamed.out
     assert aquiline(*args, "--no-speculate").out == streamed.out
+
+
+def test_generate_gives_every_parameter_to_the_engine(aquiline: Command, root: Path) -> None:
+    args = [
+        "generate", root / "target", "-p", "abc", "--no-chat", "--dtype", "float32",
+        "--max-tokens", 8, "--temperature", 1.5, "--seed", 3, "--n", 2, "--min-tokens", 2,
+        "--presence-penalty", 1, "--frequency-penalty", 0.5, "--repetition-penalty", 1.5,
+        "--logit-bias", '{"5": -100, "70": 3}', "--draft", root / "draft",
+    ]  # fmt: skip
+    params = SamplingParams(
+        max_tokens=8, temperature=1.5, seed=3, n=2, min_tokens=2, presence_penalty=1,
+        frequency_penalty=0.5, repetition_penalty=1.5, logit_bias={5: -100, 70: 3}, logprobs=1,
+    )  # fmt: skip
+    (expected,) = LLM(str(root / "target"), "float32").generate("abc", params)
+    assert aquiline(*args).out == "".join(f"{choice.text}\n" for choice in expected.outputs)
+    records = [
+        json.loads(line) for line in aquiline(*args, "--logprobs", 1, "--json").out.splitlines()
+    ]
+    for record, choice in zip(records, expected.outputs, strict=True):
+        assert (record["index"], record["token_ids"]) == (choice.index, list(choice.token_ids))
+        assert [list(map(int, shown)) for shown in record["logprobs"]] == [
+            list(shown) for shown in choice.logprobs or ()
+        ]
+        assert record["cumulative_logprob"] == pytest.approx(choice.cumulative_logprob, abs=1e-3)
 
 
 def test_generate_with_eagle3_says_the_same(aquiline: Command, root: Path) -> None:

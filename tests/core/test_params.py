@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,12 +15,23 @@ BAD_SAMPLING = [
     ("max_tokens", 0), ("max_tokens", -1), ("temperature", -0.1), ("temperature", NAN),
     ("temperature", INF), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("top_p", NAN),
     ("top_p", -0.5), ("min_p", -0.1), ("min_p", 1.5), ("min_p", NAN), ("seed", -1),
-    ("seed", MAX_SEED + 1), ("stop", ""), ("stop", ("a", "")),
+    ("seed", MAX_SEED + 1), ("stop", ""), ("stop", ("a", "")), ("n", 0), ("n", 129),
+    ("min_tokens", -1), ("min_tokens", 17), ("presence_penalty", 2.1), ("presence_penalty", NAN),
+    ("frequency_penalty", -2.1), ("repetition_penalty", 0), ("repetition_penalty", INF),
+    ("logit_bias", {1: 100.5}), ("logit_bias", {1: NAN}), ("logit_bias", {-1: 1.0}),
+    ("logit_bias", dict.fromkeys(range(1025), 1.0)), ("allowed_token_ids", ()),
+    ("allowed_token_ids", (-1,)), ("banned_token_ids", (-1,)), ("bad_words", ("a", "")),
+    ("logprobs", -1), ("logprobs", 21), ("prompt_logprobs", 21),
 ]  # fmt: skip
 WRONG_TYPES = [
     ("max_tokens", 2.5), ("max_tokens", "5"), ("temperature", "hot"), ("top_k", 1.5),
     ("top_k", "1"), ("top_p", "all"), ("seed", 1.5), ("seed", "x"), ("stop", (1,)),
     ("stop_token_ids", (-1,)), ("stop_token_ids", (1.5,)), ("stop_token_ids", ("a",)),
+    ("stop", 5), ("stop_token_ids", 5), ("allowed_token_ids", 5), ("allowed_token_ids", "a"),
+    ("banned_token_ids", None), ("bad_words", (3,)), ("n", 1.0), ("n", True), ("min_tokens", "3"),
+    ("presence_penalty", "1"), ("logit_bias", [(1, 2.0)]), ("logit_bias", {"1": 2.0}),
+    ("logit_bias", {1: "2"}), ("logprobs", True), ("prompt_logprobs", 1.5), ("ignore_eos", 1),
+    ("skip_special_tokens", "no"),
 ]  # fmt: skip
 BAD_SPECULATION = [
     ("method", "medusa"), ("method", "eagle2"), ("method", 3),
@@ -64,6 +76,24 @@ def test_a_dispatch_table_goes_with_the_automatic_tree_alone() -> None:
 def test_unknown_key_is_refused_by_name() -> None:
     with pytest.raises(AquilineError, match=r"unknown field 'num_spec'.*num_speculative_tokens"):
         SpeculationParams.from_config({"method": "eagle", "num_spec": 3})
+
+
+def test_fields_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(AquilineError, match=r"^min_tokens=4: .*max_tokens=3"):
+        SamplingParams(min_tokens=4, max_tokens=3)
+    assert SamplingParams(min_tokens=4, max_tokens=None).min_tokens == 4
+    with pytest.raises(AquilineError, match=r"^allowed_token_ids=\(5, 6\): banned_token_ids"):
+        SamplingParams(allowed_token_ids=(5, 6), banned_token_ids=(6, 7, 5))
+
+
+def test_params_keep_their_own_copy_and_can_be_hashed() -> None:
+    bias = {3: 1.5}
+    params = SamplingParams(logit_bias=bias, allowed_token_ids=[1, 2], bad_words="no")  # type: ignore[arg-type]
+    bias[3] = 9.0
+    assert params.logit_bias == {3: 1.5}
+    assert (params.allowed_token_ids, params.bad_words) == ((1, 2), ("no",))
+    assert hash(params) == hash(replace(params))
+    assert params != replace(params, logit_bias=bias)
 
 
 def test_good_values_are_kept() -> None:

@@ -1,9 +1,4 @@
-"""The engine: whatever joins, leaves, waits or is preempted, each request says what it says alone.
-
-``clean`` recites the alphabet and its draft is perfect; ``mixed`` depends on its whole context and
-the same draft is right now and then, so that rounds of every length occur. Texts are compared in
-float64.
-"""
+"""The engine: whatever joins, leaves, waits or is preempted, a request says what it says alone."""
 
 from __future__ import annotations
 
@@ -15,112 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from aquiline.core.errors import AquilineError
-from aquiline.core.outputs import RequestOutput
+from aquiline.core.outputs import CompletionOutput, RequestOutput
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
-from tests.tiny_checkpoint import (
-    CYCLE,
-    IM_END,
-    VOCAB,
-    token,
-    write_draft,
-    write_eagle3,
-    write_target,
+from tests.tiny_checkpoint import CYCLE, IM_END, VOCAB, token
+from tests.tiny_engine import (
+    CHAIN,
+    GREEDY,
+    SHAPES,
+    TREE,
+    Make,
+    assert_idle,
+    count_preemptions,
+    mixed_params,
+    prompts,
+    said,
 )
-
-CHAIN: dict[str, Any] = {"num_speculative_tokens": 3}
-TREE: dict[str, Any] = {"tree": [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}
-SHAPES = {"plain": None, "chain": CHAIN, "tree": TREE, "eagle-25": {"tree": "eagle-25"}}
-GREEDY = SamplingParams(temperature=0, max_tokens=20)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("engine")
-    return {
-        "clean": write_target(root / "clean"),
-        "mixed": write_target(root / "mixed", mix=0.15),
-        "draft": write_draft(root / "draft"),
-        "eagle3": write_eagle3(root / "eagle3", foresees=root / "clean"),
-        "bad-eagle3": write_eagle3(root / "bad-eagle3", layers=2, draft_vocab=90),
-        "bad-draft": write_draft(root / "bad-draft", layers=2, copies=False),
-    }
-
-
-class Make:
-    """Builds engines by target and shape, each once."""
-
-    def __init__(self, folders: dict[str, Path], ahead: int) -> None:
-        self.folders, self.ahead = folders, ahead
-        self.made: dict[str, LLM] = {}
-
-    def __call__(
-        self,
-        target: str,
-        shape: dict[str, Any] | None,
-        draft: str = "draft",
-        **options: Any,
-    ) -> LLM:
-        options = {"max_num_seqs": 4, "page_size": 8, "max_model_len": 96, **options}
-        key = repr((target, shape, draft, options))
-        if key not in self.made:
-            speculation = None if shape is None else {"model": str(self.folders[draft]), **shape}
-            self.made[key] = LLM(str(self.folders[target]), "float64", speculation, **options)
-            self.made[key].engine.runner.ahead = self.ahead
-        return self.made[key]
-
-
-@pytest.fixture(scope="module", params=[0, 1], ids=["in step", "a round ahead"])
-def make(folders: dict[str, Path], request: pytest.FixtureRequest) -> Make:
-    """Engines that read each round at once (the CPU's way), or while the next one runs (CUDA's)."""
-    return Make(folders, request.param)
-
-
-def prompts(count: int, seed: int = 0) -> list[dict[str, list[int]]]:
-    """Random prompts of 1 to 30 tokens."""
-    draw = random.Random(seed)
-    return [
-        {"prompt_token_ids": [draw.choice(CYCLE) for _ in range(draw.randint(1, 30))]}
-        for _ in range(count)
-    ]
-
-
-def mixed_params(count: int) -> list[SamplingParams]:
-    """Greedy and seeded, with every filter, of different lengths."""
-    kinds = [
-        SamplingParams(temperature=0),
-        SamplingParams(temperature=1.0),
-        SamplingParams(temperature=2.5, top_k=7),
-        SamplingParams(temperature=1.5, top_p=0.8),
-        SamplingParams(temperature=3.0, min_p=0.02, top_k=20),
-    ]
-    return [
-        replace(kinds[i % len(kinds)], seed=100 + i, max_tokens=1 + 7 * i % 32, ignore_eos=True)
-        for i in range(count)
-    ]
-
-
-def said(output: RequestOutput) -> tuple[tuple[int, ...], str, str | None]:
-    return (
-        output.outputs[0].token_ids, output.outputs[0].text, output.outputs[0].finish_reason
-    )  # fmt: skip
-
-
-def assert_idle(llm: LLM) -> None:
-    """Every page and every row is free again."""
-    allocator = llm.engine.allocator
-    allocator.check_integrity([])
-    assert allocator.free_count == allocator.count - 1
-    assert not llm.engine.has_work
-    assert len(llm.engine.scheduler._rows) == llm.engine.config.max_num_seqs
 
 
 def run(llm: LLM, text: str, **changes: Any) -> RequestOutput:
@@ -147,6 +54,38 @@ def test_batch_says_what_each_request_says_alone(shape: str, make: Make) -> None
         assert sum(o.speculation.rounds for o in together) < sum(
             len(o.outputs[0].token_ids) - 1 for o in together
         )
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("shape", ["chain", "tree", "eagle-25"])
+def test_everything_asked_at_once_in_every_batch(shape: str, rows: int, make: Make) -> None:
+    """Eight requests that differ in every parameter; with one row and with eight."""
+    params = [
+        SamplingParams(
+            n=1 + i % 2, seed=i, max_tokens=20 + i, min_tokens=3 + i, temperature=1.0 + 0.2 * i,
+            top_k=20 + i, top_p=0.99 - 0.02 * i, min_p=0.001 * i, presence_penalty=0.2 * i - 0.5,
+            frequency_penalty=0.6 - 0.1 * i, repetition_penalty=0.8 + 0.1 * i,
+            logit_bias={CYCLE[i]: 3.0, CYCLE[i + 1]: -2.0}, banned_token_ids=(CYCLE[20 - i],),
+            allowed_token_ids=tuple(CYCLE[: 24 + i]), bad_words=("aceghijk"[i],), stop=("mn", "p"),
+            stop_token_ids=(CYCLE[10 + i],), logprobs=i, prompt_logprobs=i,
+        )
+        for i in range(8)
+    ]  # fmt: skip
+    asked = prompts(8, seed=8)
+    outputs = make("mixed", SHAPES[shape], max_num_seqs=rows).generate(asked, params)
+    expected = make("mixed", None, max_num_seqs=1).generate(asked, params)
+    for output, plain, one in zip(outputs, expected, params, strict=True):
+        assert list(map(said_by, output.outputs)) == list(map(said_by, plain.outputs))
+        assert len(output.outputs) == one.n
+        for choice in output.outputs:
+            assert one.min_tokens <= len(choice.token_ids)
+            assert not {CYCLE[20 - one.logprobs], token(one.bad_words[0])} & {*choice.token_ids}
+    assert {c.finish_reason for output in outputs for c in output.outputs} == {"stop", "length"}
+
+
+def said_by(choice: CompletionOutput) -> tuple[object, ...]:
+    shown = [list(scores) for scores in choice.logprobs or ()]
+    return choice.token_ids, choice.text, choice.finish_reason, shown
 
 
 def test_requests_join_and_leave_between_steps(make: Make) -> None:
@@ -298,18 +237,6 @@ def test_context_end_at_the_models_own_limit(make: Make) -> None:
 
 
 # -------------------------------------------------------------------------------- pages and rows
-
-
-def count_preemptions(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    scheduler, preempted = llm.engine.scheduler, []
-    preempt = scheduler._preempt
-
-    def spy(sequence: Any) -> None:
-        preempted.append(sequence.request.id)
-        preempt(sequence)
-
-    monkeypatch.setattr(scheduler, "_preempt", spy)
-    return preempted
 
 
 @pytest.mark.parametrize("shape", ["plain", "chain", "tree"])

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from aquiline.kernels import ops, reference, reference_sampling
+from aquiline.core.params import SamplingParams
+from aquiline.kernels import ops, reference, reference_adjust, reference_sampling
 from aquiline.kernels.noise import NoiseKey, Stream
+from aquiline.sampling.adjust import Adjustments
+from aquiline.speculation.tree import TreeShape
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -120,3 +123,57 @@ def test_draws_are_those_of_the_twin(vocab):
         expected = reference_sampling.draw_top(logits, twin, temperature, key, levels, None, count)
         chosen = scores.gather(-1, expected) >= twin[..., None]  # past the kept ones: any token
         assert (got == expected)[chosen].float().mean() > 0.99
+
+
+ADJUSTED = (
+    SamplingParams(),
+    SamplingParams(repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=-0.25),
+    SamplingParams(logit_bias={126 * k: k / 64 - 8 for k in range(1018)}, logprobs=20),
+    SamplingParams(allowed_token_ids=tuple(range(0, 128256, 3)), min_tokens=9),
+    SamplingParams(logprobs=0),
+    SamplingParams(
+        presence_penalty=1.0, logit_bias={5: 3.0}, banned_token_ids=(9, 128255), logprobs=1
+    ),
+)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+def test_adjustments_and_log_probabilities(dtype):
+    """A whole tree over a large vocabulary: the same as the twins, which run on the card too."""
+    vocab, rows = 128256, len(ADJUSTED)
+    card = torch.device("cuda")
+    tree = TreeShape.named("eagle-25").tables(card)
+    table = Adjustments.empty(rows, vocab, card)
+    with torch.device("cpu"):  # rows are made on the host
+        for row, params in enumerate(ADJUSTED):
+            table.set(row, params, range(0, 128256, 7), [3, 3, 9, 128255] * 5, (2, 128001))
+    slots = torch.tensor([5, 4, 3, 2, 1, 0, -1])
+    logits = 3 * torch.randn(rows + 1, tree.shape.size, vocab).to(dtype)
+    tokens = torch.randint(20, (rows + 1, tree.shape.size))
+    positions = 18323 + 8 + torch.arange(tree.shape.depth + 1).repeat(rows + 1, 1)
+    history = ops.History(tokens, tree.ancestors, None)
+    results = []
+    for run in (ops, reference_adjust):
+        adjusted, raw = logits.clone(), torch.zeros_like(logits)
+        run.adjust_logits(adjusted, table, slots, positions, tree.depths, history, None, raw)
+        scores = run.token_logprobs(adjusted, raw, table, slots, tree.routes[-1:].expand(7, -1),
+                                    tokens[:, : tree.shape.depth + 1])  # fmt: skip
+        results.append((adjusted, raw, scores[[0, 1, 3]]))
+    (ours, raw, scores), (theirs, exact_raw, exact_scores) = results
+    assert torch.equal(raw, exact_raw)
+    assert torch.equal(ours.isneginf(), theirs.isneginf())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(ours, theirs, rtol=2 * eps, atol=1e-6)
+    torch.testing.assert_close(scores[..., :22], exact_scores[..., :22], rtol=1e-5, atol=1e-4)
+    assert torch.equal(scores[..., 22:], exact_scores[..., 22:])
+
+
+def test_counts_of_a_round():
+    vocab, card = 128256, torch.device("cuda")
+    table = Adjustments.empty(2, vocab, card)
+    with torch.device("cpu"):
+        table.set(1, ADJUSTED[1], (), (7, 7), ())
+    tokens = torch.tensor([[7, 7, 3, 7, 5]] * 3)
+    ops.count_tokens(table, torch.tensor([1, 0, -1]), tokens, torch.tensor([4, 5, 5]))
+    assert table.counts[1, [3, 5, 7]].tolist() == [1, 0, 5]
+    assert int(table.counts[0].sum()) == 0

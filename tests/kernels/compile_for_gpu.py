@@ -15,30 +15,51 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aquiline.kernels.triton import divergence, multi_round, sampling
+from aquiline.kernels.triton import adjust, divergence, multi_round, sampling
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {  # by the names of the arguments; all others are int32
-    "*bf16": ("logits", "target", "draft"),
+    "*bf16": ("logits", "target", "draft", "raw"),
     "*fp32": ("floor", "target_floor", "draft_floor", "temperature", "top_p", "min_p", "values",
-              "stats", "target_stats", "draft_stats", "steps", "log_residual",
-              "weights", "terms"),
+              "stats", "target_stats", "draft_stats", "steps", "log_residual", "repetition",
+              "presence", "frequency", "bias_values", "out", "weights", "terms"),
     "fp32": ("eta",),
-    "*i32": ("ids", "indices", "peaks", "target_peaks"),
+    "*i32": ("indices", "peaks", "target_peaks", "flags", "prompt_seen", "bias_ids", "allowed",
+             "end_ids", "ids"),
+    "*i16": ("counts",),
+    "*u8": ("ancestors",),
     "*i64": ("top_k", "seeds", "choices", "positions", "levels", "token_ids", "drawn", "tokens",
-             "children", "draft_rows", "columns", "leaf", "depth_of_leaf"),
+             "children", "draft_rows", "columns", "leaf", "depth_of_leaf", "slots", "node_of",
+             "min_length", "path", "chosen", "how_many"),
 }  # fmt: skip
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names}
 DRAW = {"STREAM": 0, "COUNT": 4, "CHUNK": sampling.CHUNK}
 WALK = {"STREAM": 2, "SIBLINGS": 4, "BLOCK": sampling.ROW_BLOCK}
 WIDE = {"BLOCK": 32 * divergence.THREAD * divergence.WIDE_WARPS, "LOWEST": -1e30}
 NEAR = {"BLOCK": 32 * divergence.THREAD * divergence.WARPS, "LOWEST": -1e30}
+ADJUST = {"BIASED": 1024, "ENDS": 64, "CHUNK": adjust.CHUNK}
+ROOT = dict.fromkeys(("tokens", "ancestors", "node_of", "token_ids", "raw"))
+RANK = {"CHUNK": adjust.TOP_CHUNK}
+MERGE = {"CHUNKS": 64, "CANDIDATES": 2048}
 VARIANTS = [
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "ce", "ids": None}),
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "lk", "ids": None}),
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "kl"}),
     (divergence._divergence, 32, {**WIDE, "DIVERGENCE": "tv", "ids": None}),
     (divergence._divergence, 32, {**WIDE, "DIVERGENCE": "lk"}),
+    (adjust._adjust_kernel, 8, ADJUST),
+    (adjust._adjust_kernel, 8, {**ADJUST, "node_of": None, "token_ids": None}),
+    (adjust._adjust_kernel, 8, {**ADJUST, **ROOT, "levels": None, "rows": 1}),
+    (adjust._count_kernel, 1, {"LEVELS": 4}),
+    (adjust._count_kernel, 1, {"LEVELS": 1}),
+    (adjust._rank_chunk_kernel, 4, RANK),
+    (
+        adjust._rank_chunk_kernel,
+        4,
+        {**RANK, "raw": None, "flags": None, "slots": None, "path": None},
+    ),
+    (adjust._rank_merge_kernel, 4, MERGE),
+    (adjust._rank_merge_kernel, 4, {**MERGE, "raw": None, "path": None}),
     (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK}),
     (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK, "nodes": 1}),
     (sampling._draw_chunk_kernel, 4, DRAW),

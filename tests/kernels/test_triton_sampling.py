@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from aquiline.core.params import SamplingParams
-from aquiline.evaluation.losslessness import chi_square, target_distribution
+from aquiline.evaluation.losslessness import chi_square
+from aquiline.evaluation.oracle import target_distribution
 from aquiline.kernels import noise as noise_module
 from aquiline.kernels import ops
 from aquiline.kernels import reference_sampling as reference
@@ -304,6 +305,24 @@ def test_the_walk_without_floors_over_several_blocks(monkeypatch):
     exact_leaf, exact_bonus = reference.multi_round_accept(*args)
     assert torch.equal(leaf, exact_leaf)
     assert torch.equal(bonus, exact_bonus)
+
+
+@pytest.mark.parametrize("drafted", [False, True], ids=["nothing drafted", "some drafted"])
+def test_the_walk_where_tokens_are_banned(drafted):
+    """The target may say few tokens; the draft's row may hold none of them."""
+    filters = [(1.0, 0, 1.0, 0.0), (0.0, 0, 1.0, 0.0), (0.8, 3, 0.9, 0.0)]
+    args = list(multi_round_case("bushy", 20, None, filters, rows=24, seed=8))
+    args[0][..., ::2] = float("-inf")
+    args[2][..., :: 2 if drafted else 1] = float("-inf")
+    params = columns(*(filters[row % 3] for row in range(24)))
+    for logits, floor in ((0, 1), (2, 3)):
+        args[floor] = reference.score_floor(args[logits], *params)
+    leaf, bonus = kernels_multi_round.multi_round_accept(*args)
+    exact_leaf, exact_bonus = reference.multi_round_accept(*args)
+    assert torch.equal(leaf, exact_leaf)
+    assert torch.equal(bonus, exact_bonus)
+    assert bool((bonus % 2 == 1).all())
+    assert drafted == bool((leaf > 0).any())
 
 
 @pytest.mark.parametrize("name", ["chain-3", "eagle-25", "tree-8"])

@@ -19,12 +19,13 @@ from aquiline.decoding.models import DecoderModels, Drafter, Planes
 from aquiline.decoding.prefill import prefill
 from aquiline.decoding.round import decode_round
 from aquiline.decoding.state import DecodeState
-from aquiline.evaluation.losslessness import target_distribution
+from aquiline.evaluation.oracle import adjusted_logits, target_distribution
 from aquiline.kernels import ops
 from aquiline.models.config import LlamaConfig
 from aquiline.models.draft import DraftHead, EagleDraft, draft_config
 from aquiline.models.eagle3 import random_eagle3
 from aquiline.models.llama import Llama
+from aquiline.sampling.adjust import Adjustments
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
 from aquiline.speculation.verification.rules import RULES, RuleFactory
@@ -143,12 +144,19 @@ def features_of(target: Llama, tokens: Sequence[int]) -> Tensor:
 
 
 def oracle_text(
-    target: Llama, prompt: Sequence[int], count: int, params: SamplingParams, seed: int
+    target: Llama,
+    prompt: Sequence[int],
+    count: int,
+    params: SamplingParams,
+    seed: int,
+    end_tokens: Sequence[int] = (),
 ) -> list[int]:
-    """``count`` tokens after ``prompt``, one at a time."""
+    """``count`` tokens after ``prompt``, one at a time; ``end_tokens`` end nothing, see decode."""
     tokens = list(prompt)
     for _ in range(count):
         logits = target.logits(features_of(target, tokens)[:, -1])[0]
+        said = tokens[len(prompt) :]
+        logits = adjusted_logits(logits, params, prompt, said, end_tokens)
         scores = target_distribution(logits, params).log()
         if params.temperature > 0:
             position = torch.tensor([[len(tokens)]])
@@ -199,11 +207,12 @@ def decode(
     page_size: int = 4,
     page_seed: int = 0,
     watch: Callable[[Planes, Tensor, DecodeState], None] | None = None,
+    end_tokens: Sequence[int] = (),
 ) -> Decoded:
     """``count`` tokens after each prompt through prefill and rounds, as one batch throughout.
 
     Pages are scattered at random over the pool, and every slot holds garbage until it is written.
-    ``watch`` is called before each round.
+    ``watch`` is called before each round. ``end_tokens`` are what ``min_tokens`` holds back.
     """
     rows, longest = len(prompts), max(map(len, prompts))
     columns = -(-(longest + count + shape.depth + shape.size) // page_size)
@@ -217,10 +226,14 @@ def decode(
     page_table = page_table.view(rows, columns)
     tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts])
     counts = torch.tensor([len(prompt) for prompt in prompts])
-    sampling = SamplingBatch.of(params, seeds, CPU)
+    adjustments = Adjustments.empty(rows, VOCAB, CPU)
+    for row in range(rows):
+        adjustments.set(row, params[row], prompts[row], (), end_tokens)
+    every = range(rows)
+    sampling = SamplingBatch.of(params, seeds, CPU, adjustments=adjustments, slots=every)
     width = models.feature_size
     state = DecodeState.empty(rows, shape.depth + 1, width, torch.float64, CPU)
-    first = prefill(models, planes, page_table, tokens, counts, sampling)
+    first = prefill(models, planes, page_table, tokens, counts, sampling).state
     state.store(torch.arange(rows), first)
     texts = [[token] for token in first.roots.tolist()]
     accepted: list[list[int]] = [[] for _ in prompts]
@@ -230,7 +243,10 @@ def decode(
         # A row that is far ahead would leave its pages: it stops and the rest go on.
         left = [row for row in range(rows) if len(texts[row]) < count]
         index = torch.tensor(left)
-        part = SamplingBatch.of([params[r] for r in left], [seeds[r] for r in left], CPU)
+        part = SamplingBatch.of(
+            [params[r] for r in left], [seeds[r] for r in left], CPU,
+            adjustments=adjustments, slots=left,
+        )  # fmt: skip
         if watch is not None:
             watch(planes, page_table[index], state.select(index))
         result = decode_round(

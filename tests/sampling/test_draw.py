@@ -8,7 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aquiline.core.params import SamplingParams
-from aquiline.evaluation.losslessness import chi_square, target_distribution
+from aquiline.evaluation.losslessness import chi_square
+from aquiline.evaluation.oracle import target_distribution
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw, draw_top, position_noise
 from tests.sampling.test_filters import logits_strategy, on_an_edge, params_strategy

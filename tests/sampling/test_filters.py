@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from aquiline.core.params import SamplingParams
-from aquiline.evaluation.losslessness import target_distribution
+from aquiline.evaluation.oracle import target_distribution
 from aquiline.kernels import ops
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.filters import probabilities, score_floor

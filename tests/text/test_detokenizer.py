@@ -116,6 +116,25 @@ def test_a_possible_stop_string_is_held_back(smollm: Tokenizer) -> None:
     assert detokenizer.stopped_at is None
 
 
+def test_a_stop_string_completed_too_early_is_text(smollm: Tokenizer) -> None:
+    ids = smollm.encode("a STOP b STOP c")
+    ends = [k for k in range(1, len(ids) + 1) if smollm.decode(ids[:k]).endswith("STOP")]
+    for least, text, stopped in (
+        (ends[0] - 1, "a ", ends[0]), (ends[0], "a STOP b ", ends[1]),
+        (ends[1] - 1, "a STOP b ", ends[1]), (ends[1], "a STOP b STOP c", None),
+    ):  # fmt: skip
+        for portions in ([ids], [[token] for token in ids]):
+            detokenizer = Detokenizer(smollm, stop=("STOP", "STOP be"), min_tokens=least)
+            shown = "".join(detokenizer.append(part) for part in portions) + detokenizer.finish()
+            assert (shown, detokenizer.stopped_at) == (text, stopped)
+
+
+def test_a_stop_string_begun_early_still_counts(smollm: Tokenizer) -> None:
+    detokenizer = Detokenizer(smollm, stop=("b c",), min_tokens=2)
+    assert "".join(detokenizer.append([token]) for token in smollm.encode("a b c d")) == "a "
+    assert detokenizer.stopped_at == 3
+
+
 def test_stopped_at_counts_all_appended_tokens(smollm: Tokenizer) -> None:
     first, second = smollm.encode("One two"), smollm.encode(" three STOP four five")
     stop_end = next(k for k in range(len(second)) if "STOP" in smollm.decode(second[:k]))

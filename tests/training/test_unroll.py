@@ -66,7 +66,7 @@ def drafted_logits(models: DecoderModels, text: list[int], known: int) -> list[T
     pages = torch.randperm(8, generator=torch.Generator().manual_seed(3))[None] + 1
     sampling = SamplingBatch.of([SamplingParams(temperature=0)], [0], CPU)
     prompt = torch.tensor([text[:known]])
-    state = prefill(models, planes, pages, prompt, torch.tensor([known]), sampling)
+    state = prefill(models, planes, pages, prompt, torch.tensor([known]), sampling).state
     root = torch.tensor([text[known]])  # the text's, not the drawn one
     state = replace(state, roots=root, pending_tokens=root[:, None])
     tree = TreeShape.chain(DEPTH).tables(CPU)

@@ -19,14 +19,14 @@ class Rule(Protocol):
     """One round of a batch under one rule; used once."""
 
     def propose(self, logits: Tensor, depth: int, count: int) -> Tensor:
-        """Draft logits [B, E, Vd] of the expanded nodes -> their children at ``depth``.
+        """Draft logits [B, E, Vd] of the expanded nodes, adjusted -> their children at ``depth``.
 
         Returns draft ids [B, E, count], distinct in a row, best first. Called once per depth, 1..D.
         """
         ...
 
     def accept(self, tokens: Tensor, logits: Tensor) -> Verdict:
-        """Node tokens [B, N] and the target's raw logits [B, N, V] after each node."""
+        """Node tokens [B, N] and the target's logits [B, N, V] after each node, adjusted."""
         ...
 
 

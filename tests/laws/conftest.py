@@ -1,0 +1,1 @@
+from tests.tiny_engine import folders, make  # noqa: F401
