@@ -11,8 +11,8 @@ import torch
 
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
-from tests.tiny_engine import CHAIN, SHAPES, TREE, assert_idle, mixed_params, prompts, said
 from tests.tiny_checkpoint import write_draft, write_eagle3, write_target
+from tests.tiny_engine import CHAIN, SHAPES, TREE, assert_idle, mixed_params, prompts, said
 
 pytestmark = pytest.mark.gpu
 OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "page_size": 16, "max_model_len": 96,

@@ -19,7 +19,7 @@ from aquiline.core.errors import AquilineError
 from aquiline.core.outputs import RequestOutput
 from aquiline.core.params import SamplingParams, SpeculationParams
 from aquiline.engine.llm import LLM
-from aquiline.evaluation.losslessness import target_distribution
+from aquiline.evaluation.oracle import target_distribution
 from aquiline.kernels import ops
 from tests.laws.tiny import features_of
 from tests.tiny_checkpoint import CYCLE, IM_END, VOCAB, token
