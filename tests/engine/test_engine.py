@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from aquiline.core.errors import AquilineError
-from aquiline.core.outputs import RequestOutput
+from aquiline.core.outputs import CompletionOutput, RequestOutput
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
 from tests.tiny_checkpoint import CYCLE, IM_END, VOCAB, token
@@ -54,6 +54,38 @@ def test_batch_says_what_each_request_says_alone(shape: str, make: Make) -> None
         assert sum(o.speculation.rounds for o in together) < sum(
             len(o.outputs[0].token_ids) - 1 for o in together
         )
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("shape", ["chain", "tree", "eagle-25"])
+def test_everything_asked_at_once_in_every_batch(shape: str, rows: int, make: Make) -> None:
+    """Eight requests that differ in every parameter; with one row and with eight."""
+    params = [
+        SamplingParams(
+            n=1 + i % 2, seed=i, max_tokens=20 + i, min_tokens=3 + i, temperature=1.0 + 0.2 * i,
+            top_k=20 + i, top_p=0.99 - 0.02 * i, min_p=0.001 * i, presence_penalty=0.2 * i - 0.5,
+            frequency_penalty=0.6 - 0.1 * i, repetition_penalty=0.8 + 0.1 * i,
+            logit_bias={CYCLE[i]: 3.0, CYCLE[i + 1]: -2.0}, banned_token_ids=(CYCLE[20 - i],),
+            allowed_token_ids=tuple(CYCLE[: 24 + i]), bad_words=("aceghijk"[i],), stop=("mn", "p"),
+            stop_token_ids=(CYCLE[10 + i],), logprobs=i, prompt_logprobs=i,
+        )
+        for i in range(8)
+    ]  # fmt: skip
+    asked = prompts(8, seed=8)
+    outputs = make("mixed", SHAPES[shape], max_num_seqs=rows).generate(asked, params)
+    expected = make("mixed", None, max_num_seqs=1).generate(asked, params)
+    for output, plain, one in zip(outputs, expected, params, strict=True):
+        assert list(map(said_by, output.outputs)) == list(map(said_by, plain.outputs))
+        assert len(output.outputs) == one.n
+        for choice in output.outputs:
+            assert one.min_tokens <= len(choice.token_ids)
+            assert not {CYCLE[20 - one.logprobs], token(one.bad_words[0])} & {*choice.token_ids}
+    assert {c.finish_reason for output in outputs for c in output.outputs} == {"stop", "length"}
+
+
+def said_by(choice: CompletionOutput) -> tuple[object, ...]:
+    shown = [list(scores) for scores in choice.logprobs or ()]
+    return choice.token_ids, choice.text, choice.finish_reason, shown
 
 
 def test_requests_join_and_leave_between_steps(make: Make) -> None:

@@ -9,8 +9,8 @@ from aquiline.core.errors import AquilineError
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
 from aquiline.evaluation.latency import measure_decoding
-from tests.engine.test_engine import assert_idle
 from tests.tiny_checkpoint import token, write_draft, write_target
+from tests.tiny_engine import assert_idle
 
 PROMPTS = [[token(letter), token("b")] for letter in "aceg"]
 GREEDY = SamplingParams(temperature=0, max_tokens=14, ignore_eos=True)
