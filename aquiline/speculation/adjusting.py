@@ -7,7 +7,6 @@ take the draft's adjusted logits for what its children were drawn from.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from aquiline.kernels import ops
@@ -37,11 +36,7 @@ def adjust_target(round_: RoundNoise, logits: Tensor, tokens: Tensor) -> Tensor 
     sampling, tree = round_.sampling, round_.tree
     if sampling.adjustments is None:
         return None
-    raw = (
-        torch.empty_like(logits, memory_format=torch.contiguous_format)
-        if sampling.logprobs
-        else None
-    )
+    raw = logits.new_empty(logits.shape) if sampling.logprobs else None
     history = None if tree.shape.size == 1 else ops.History(tokens, tree.ancestors, None)
     ops.adjust_logits(
         logits, sampling.adjustments, sampling.slots, round_.positions, tree.depths, history,

@@ -12,7 +12,14 @@ import torch
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.loop import decode_prompts
 from aquiline.speculation.tree import TreeShape
-from tests.laws.tiny import decode, oracle_text, prophetic_models, tiny_eagle3_models, tiny_models
+from tests.laws.tiny import (
+    decode,
+    memoryless_models,
+    oracle_text,
+    prophetic_models,
+    tiny_eagle3_models,
+    tiny_models,
+)
 
 COUNT, ENDS = 24, (4, 17)
 BIAS = {3: 1.5, 9: -100.0, 21: 2.0, 49: 0.75}
@@ -86,6 +93,17 @@ def test_the_text_is_the_oracles(texts, draft, temperature, tree):
     depth = TREES[tree].depth
     if draft == "prophet" and depth:
         assert all(sum(rounds) / len(rounds) > 0.8 * depth for rounds in decoded.accepted)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("tree", ["chain-3", "eagle-25"])
+def test_a_draft_that_is_the_target_is_always_accepted(tree, temperature):
+    """So the draft's logits are adjusted at every node as the target's are."""
+    decoded = decode(
+        memoryless_models(), PROMPTS, COUNT, TREES[tree], params_at(temperature), SEEDS,
+        end_tokens=ENDS,
+    )  # fmt: skip
+    assert {*(depth for rounds in decoded.accepted for depth in rounds)} == {TREES[tree].depth}
 
 
 def test_multi_round_says_the_same_when_greedy(texts):
