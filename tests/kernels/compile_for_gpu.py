@@ -15,30 +15,40 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aquiline.kernels.triton import divergence, multi_round, sampling
+from aquiline.kernels.triton import chain, divergence, multi_round, sampling
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {  # by the names of the arguments; all others are int32
-    "*bf16": ("logits", "target", "draft"),
+    "*bf16": ("logits", "target", "draft", "q", "prefix", "grad", "out", "dq", "dkeys", "dvalues"),
     "*fp32": ("floor", "target_floor", "draft_floor", "temperature", "top_p", "min_p", "values",
               "stats", "target_stats", "draft_stats", "steps", "log_residual",
-              "weights", "terms"),
-    "fp32": ("eta",),
+              "weights", "terms", "prefix_lse", "lse"),
+    "fp32": ("eta", "scale"),
     "*i32": ("ids", "indices", "peaks", "target_peaks"),
     "*i64": ("top_k", "seeds", "choices", "positions", "levels", "token_ids", "drawn", "tokens",
              "children", "draft_rows", "columns", "leaf", "depth_of_leaf"),
 }  # fmt: skip
-TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names}
+TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names} | {
+    "k_chain": ("*bf16",) * 3, "v_chain": ("*bf16",) * 3,
+    "k_strides": ("i32",) * 3, "v_strides": ("i32",) * 3,
+}  # fmt: skip
+ALIGNED = ("size", "vocab", "q_stride", "k_strides", "v_strides")
 DRAW = {"STREAM": 0, "COUNT": 4, "CHUNK": sampling.CHUNK}
 WALK = {"STREAM": 2, "SIBLINGS": 4, "BLOCK": sampling.ROW_BLOCK}
 WIDE = {"BLOCK": 32 * divergence.THREAD * divergence.WIDE_WARPS, "LOWEST": -1e30}
 NEAR = {"BLOCK": 32 * divergence.THREAD * divergence.WARPS, "LOWEST": -1e30}
+SMALL = {"G": 3, "D": 64, "R": 8, "G_PAD": 4, "D_PAD": 64}
+LARGE = {"G": 4, "D": 128, "R": 4, "G_PAD": 4, "D_PAD": 128}
 VARIANTS = [
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "ce", "ids": None}),
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "lk", "ids": None}),
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "kl"}),
     (divergence._divergence, 32, {**WIDE, "DIVERGENCE": "tv", "ids": None}),
     (divergence._divergence, 32, {**WIDE, "DIVERGENCE": "lk"}),
+    (chain._chain, chain.WARPS, SMALL),
+    (chain._chain, chain.WARPS, LARGE),
+    (chain._chain_backward, chain.WARPS, SMALL),
+    (chain._chain_backward, chain.WARPS, LARGE),
     (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK}),
     (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK, "nodes": 1}),
     (sampling._draw_chunk_kernel, 4, DRAW),
@@ -70,8 +80,12 @@ for kernel, warps, constants in VARIANTS:
         name: "constexpr" if name in constants else TYPE_OF.get(name, "i32")
         for name in kernel.arg_names
     }
-    aligned = (n for n, kind in signature.items() if kind[0] == "*" or n in ("size", "vocab"))
-    attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    attrs = {
+        place: [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        for place in ([(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)])
+        if name in ALIGNED or kind[0][0] == "*"
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=TARGET, options={"num_warps": warps})
     print(kernel.fn.__name__, usage(compiled.asm["cubin"]), constants)
