@@ -201,7 +201,7 @@ def training_work(
 # ----------------------------------------------------------------------------------------- profile
 
 KINDS = {  # the first that matches a kernel's or an operation's name
-    "attention": r"flash|fmha|scaled_dot_product",
+    "attention": r"flash|fmha|scaled_dot_product|^_chain",
     "optimiser": r"multi_tensor|adam|foreach",
     "matmul": r"gemm|cutlass|nvjet|cublas|xmma|aten::(mm|addmm|bmm|linear|matmul)$|mkldnn",
     "laws": r"^_divergence",

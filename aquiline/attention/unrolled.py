@@ -10,22 +10,21 @@ it sees what the target knew up to the chain's root, and of the drafted tokens o
 
 Flash attention recomputes its probabilities from the log-sum-exp it is given, exp(q k - lse), and
 takes rowsum(grad * out) from the output it is given. With the merged ones its backward is the exact
-share of the causal pass; the share of the dot products is a few elementwise lines.
+share of the causal pass; the share of the dot products is another operation.
 
 Shapes: N rows, H query heads, K key/value heads, G = H / K, D head size.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from aquiline.attention.packed import PackedAttention, flash_serves
+from aquiline.kernels import ops
 
 
 class UnrolledAttention(PackedAttention):
@@ -75,10 +74,9 @@ class _Chained(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k0: Tensor, v0: Tensor, cu: Tensor, longest: int, *chain: Tensor
     ) -> Tensor:
-        merge = _compiled(_merge) if q.is_cuda else _merge
         keys, values = chain[: len(chain) // 2], chain[len(chain) // 2 :]
         prefix, prefix_lse, *seeds = _causal(q, k0, v0, cu, longest)
-        out, lse = merge(q, prefix, prefix_lse, keys, values)
+        out, lse = ops.merge_chain(q, prefix, prefix_lse, keys, values)
         ctx.save_for_backward(q, k0, v0, cu, out, lse, *seeds, *chain)
         ctx.longest, ctx.seeds = longest, len(seeds)
         return out
@@ -88,85 +86,10 @@ class _Chained(torch.autograd.Function):
         q, k0, v0, cu, out, lse, *rest = ctx.saved_tensors
         seeds, chain = rest[: ctx.seeds], rest[ctx.seeds :]
         keys, values = chain[: len(chain) // 2], chain[len(chain) // 2 :]
-        share = _compiled(_merge_backward) if q.is_cuda else _merge_backward
         grad = grad.contiguous()
         dq0, dk0, dv0 = _causal_backward(grad, q, k0, v0, out, lse, cu, ctx.longest, seeds)
-        dq, dkeys, dvalues = share(grad, q, out, lse, keys, values, dq0)
+        dq, dkeys, dvalues = ops.merge_chain_backward(grad, q, out, lse, keys, values, dq0)
         return (dq, dk0, dv0, None, None, *dkeys, *dvalues)
-
-
-# ---------------------------------------------------------------------------------------- the chain
-
-
-def _merge(
-    q: Tensor,
-    prefix: Tensor,
-    prefix_lse: Tensor,
-    keys: tuple[Tensor, ...],
-    values: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor]:
-    """Output [N, H, D] and log-sum-exp [H, N] over prefix and chain."""
-    grouped, lse0 = _grouped(q, keys[0]), _by_row(prefix_lse, keys[0])
-    scores = [_dots(grouped, key) for key in keys]
-    lse = torch.stack([lse0, *scores]).logsumexp(dim=0)
-    out = _grouped(prefix, keys[0]) * (lse0 - lse).exp()[..., None]
-    for score, value in zip(scores, values, strict=True):
-        out = out + (score - lse).exp()[..., None] * value[:, :, None]
-    return out.flatten(1, 2).to(q.dtype), lse.flatten(1).T.contiguous()
-
-
-def _merge_backward(
-    grad: Tensor,
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    keys: tuple[Tensor, ...],
-    values: tuple[Tensor, ...],
-    dq: Tensor,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Gradients of q (the prefix's share ``dq`` included), of keys and of values."""
-    grouped, up, log_sum = (_grouped(q, keys[0]), _grouped(grad, keys[0]), _by_row(lse, keys[0]))
-    delta = (up * _grouped(out, keys[0])).sum(dim=-1)
-    total, dkeys, dvalues = _grouped(dq, keys[0]), [], []
-    for key, value in zip(keys, values, strict=True):
-        probs = (_dots(grouped, key) - log_sum).exp()
-        slope = probs * ((up * value[:, :, None]).sum(dim=-1) - delta) * q.shape[-1] ** -0.5
-        total = total + slope[..., None] * key[:, :, None]
-        dkeys.append((slope[..., None] * grouped).sum(dim=2).to(q.dtype))
-        dvalues.append((probs[..., None] * up).sum(dim=2).to(q.dtype))
-    return total.flatten(1, 2).to(q.dtype), dkeys, dvalues
-
-
-def _grouped(x: Tensor, key: Tensor) -> Tensor:
-    """[N, H, D] -> [N, K, G, D], in fp32 at least."""
-    return _by_head(_wide(x), key)
-
-
-def _by_head(x: Tensor, key: Tensor) -> Tensor:
-    """[N, H, D] -> [N, K, G, D]."""
-    return x.view(len(x), key.shape[1], -1, x.shape[-1])
-
-
-def _wide(x: Tensor) -> Tensor:
-    """In fp32, or fp64 where it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _by_row(lse: Tensor, key: Tensor) -> Tensor:
-    """[H, N] -> [N, K, G]."""
-    return lse.T.view(lse.shape[1], key.shape[1], -1)
-
-
-def _dots(grouped: Tensor, key: Tensor) -> Tensor:
-    """Scaled scores [N, K, G] of each row's queries and its key."""
-    dots = (grouped * key[:, :, None]).sum(dim=-1)
-    return dots * float(key.shape[-1] ** -0.5)
-
-
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One pass over its inputs on CUDA; compiled once for each length of the chain."""
-    return torch.compile(function)
 
 
 # ---------------------------------------------------------------------------------- the causal pass
@@ -232,3 +155,13 @@ def _scores(q: Tensor, k: Tensor) -> Tensor:
     scores = torch.einsum("nkgd,mkd->kgnm", _by_head(q, k), k) * float(q.shape[-1] ** -0.5)
     hidden = torch.ones(len(q), len(q), dtype=torch.bool, device=q.device).triu(1)
     return scores.masked_fill(hidden, -torch.inf)
+
+
+def _by_head(x: Tensor, key: Tensor) -> Tensor:
+    """[N, H, D] -> [N, K, G, D]."""
+    return x.view(len(x), key.shape[1], -1, x.shape[-1])
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In fp32, or fp64 where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -12,6 +12,7 @@ slot = page * page_size + offset.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ from aquiline.kernels.reference import rotary
 from aquiline.kernels.reference_sampling import probabilities, scaled_scores
 
 if torch.cuda.is_available():  # a CPU needs no Triton
-    from aquiline.kernels.triton import adjust, attention, elementwise, multi_round, sampling
+    from aquiline.kernels.triton import adjust, attention, chain, elementwise, multi_round, sampling
     from aquiline.kernels.triton import divergence as laws
     from aquiline.kernels.triton import linear as skinny
 
@@ -68,6 +69,8 @@ __all__ = [
     "gated_linear",
     "gumbel_noise",
     "linear",
+    "merge_chain",
+    "merge_chain_backward",
     "move_kv",
     "multi_round_accept",
     "pack_weight",
@@ -548,6 +551,46 @@ def divergence(
     """
     compute = laws.divergence if _on_triton(draft) else reference_training.divergence
     return compute(draft, target, token_ids, weights, kind, eta)
+
+
+def merge_chain(
+    q: Tensor,
+    prefix: Tensor,
+    prefix_lse: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Attention of N rows over a prefix, done already, and over a few keys of each row's own.
+
+    Args:
+        q: [N, H, D]; prefix: [N, H, D] and its log-sum-exp [H, N], fp32 at least.
+        keys, values: one or more [N, K, D]; row n sees row n of each.
+
+    Returns:
+        Output [N, H, D] and log-sum-exp [H, N] over both.
+    """
+    merge = chain.merge_chain if _on_triton(q) else reference_training.merge_chain
+    return merge(q, prefix, prefix_lse, keys, values)
+
+
+def merge_chain_backward(
+    grad: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    dq: Tensor,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Gradients of q, of each of ``keys`` and of each of ``values``, for ``grad`` [N, H, D].
+
+    ``out`` and ``lse`` are ``merge_chain``'s. ``dq`` [N, H, D] is the prefix's share of the first,
+    and is spent: the whole may lie in its place.
+    """
+    share = reference_training.merge_chain_backward
+    if _on_triton(q):
+        share = chain.merge_chain_backward
+    return share(grad, q, out, lse, keys, values, dq)
 
 
 def _on_triton(logits: Tensor) -> bool:

@@ -5,8 +5,12 @@ Exact in float64; in lower precision computed in fp32. See ops.py for the contra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def divergence(
@@ -48,6 +52,65 @@ def divergence(
 
 def _likeliest(logits: Tensor) -> Tensor:
     return logits == logits.amax(dim=-1, keepdim=True)
+
+
+# ---------------------------------------------------------------------------------------- the chain
+
+
+def merge_chain(
+    q: Tensor,
+    prefix: Tensor,
+    prefix_lse: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    grouped, lse0 = _grouped(q, keys[0]), _by_row(prefix_lse, keys[0])
+    scores = [_dots(grouped, key) for key in keys]
+    lse = torch.stack([lse0, *scores]).logsumexp(dim=0)
+    out = _grouped(prefix, keys[0]) * (lse0 - lse).exp()[..., None]
+    for score, value in zip(scores, values, strict=True):
+        out = out + (score - lse).exp()[..., None] * value[:, :, None]
+    return out.flatten(1, 2).to(q.dtype), lse.flatten(1).T.contiguous()
+
+
+def merge_chain_backward(
+    grad: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    dq: Tensor,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    grouped, up, log_sum = (_grouped(q, keys[0]), _grouped(grad, keys[0]), _by_row(lse, keys[0]))
+    delta = (up * _grouped(out, keys[0])).sum(dim=-1)
+    total, dkeys, dvalues = _grouped(dq, keys[0]), [], []
+    for key, value in zip(keys, values, strict=True):
+        probs = (_dots(grouped, key) - log_sum).exp()
+        slope = probs * ((up * value[:, :, None]).sum(dim=-1) - delta) * q.shape[-1] ** -0.5
+        total = total + slope[..., None] * key[:, :, None]
+        dkeys.append((slope[..., None] * grouped).sum(dim=2).to(q.dtype))
+        dvalues.append((probs[..., None] * up).sum(dim=2).to(q.dtype))
+    return total.flatten(1, 2).to(q.dtype), tuple(dkeys), tuple(dvalues)
+
+
+def _grouped(x: Tensor, key: Tensor) -> Tensor:
+    """[N, H, D] -> [N, K, G, D], in fp32 at least."""
+    return _wide(x).view(len(x), key.shape[1], -1, x.shape[-1])
+
+
+def _by_row(lse: Tensor, key: Tensor) -> Tensor:
+    """[H, N] -> [N, K, G]."""
+    return lse.T.view(lse.shape[1], key.shape[1], -1)
+
+
+def _dots(grouped: Tensor, key: Tensor) -> Tensor:
+    """Scaled scores [N, K, G] of each row's queries and its key."""
+    dots = (grouped * key[:, :, None]).sum(dim=-1)
+    return dots * float(key.shape[-1] ** -0.5)
+
+
+# ------------------------------------------------------------------------------------ low precision
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Regression = Literal["l1", "smooth_l1"]
 Initialisation = Literal["random", "target"]
 TeacherKind = Literal["ours", "transformers"]
 Sharding = Literal["none", "student", "full"]
-MAX_UNROLL = 8  # steps; the attention of each is compiled anew
+MAX_UNROLL = 8  # steps; kernels are compiled for each length of the chain
 
 
 @dataclass(frozen=True)

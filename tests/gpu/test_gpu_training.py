@@ -1,4 +1,4 @@
-"""Training on the card: flash with merged sums and the compiled loss, against float64."""
+"""Training on the card: flash with merged sums and the fused loss, against float64."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> None:
-    torch.compiler.reset()  # every case may compile
+def _seed() -> None:
     torch.manual_seed(0)
 
 
@@ -60,13 +59,13 @@ def test_unrolled_attention(heads: int, kv: int, size: int, steps: int) -> None:
         assert gap(mine.grad, theirs.grad) < 2e-2
 
 
-@pytest.mark.parametrize("divergence", ["ce", "lk"])
+@pytest.mark.parametrize("divergence", ["ce", "kl", "tv", "lk"])
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_vocabulary_loss(
     steps: int, reduced: bool, divergence: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, vocab, width = 1000, 5003, 256
+    rows, vocab, width = 1000, 5003 if steps == 1 else 5008, 256  # rows aligned to 16 bytes or not
     monkeypatch.setitem(vocabulary.LOGITS, "cuda", 300 * vocab * steps)  # uneven chunks
     ids = torch.arange(0, vocab, 4, device="cuda") if reduced else None
     size = vocab if ids is None else len(ids)

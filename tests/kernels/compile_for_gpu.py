@@ -15,15 +15,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aquiline.kernels.triton import adjust, divergence, multi_round, sampling
+from aquiline.kernels.triton import adjust, chain, divergence, multi_round, sampling
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {  # by the names of the arguments; all others are int32
-    "*bf16": ("logits", "target", "draft", "raw"),
+    "*bf16": ("logits", "target", "draft", "raw", "q", "prefix", "grad", "dq", "dkeys", "dvalues"),
     "*fp32": ("floor", "target_floor", "draft_floor", "temperature", "top_p", "min_p", "values",
               "stats", "target_stats", "draft_stats", "steps", "log_residual", "repetition",
-              "presence", "frequency", "bias_values", "out", "weights", "terms"),
-    "fp32": ("eta",),
+              "presence", "frequency", "bias_values", "out", "weights", "terms", "prefix_lse",
+              "lse"),
+    "fp32": ("eta", "scale"),
     "*i32": ("indices", "peaks", "target_peaks", "flags", "prompt_seen", "bias_ids", "allowed",
              "end_ids", "ids"),
     "*i16": ("counts",),
@@ -32,7 +33,11 @@ TYPES = {  # by the names of the arguments; all others are int32
              "children", "draft_rows", "columns", "leaf", "depth_of_leaf", "slots", "node_of",
              "min_length", "path", "chosen", "how_many"),
 }  # fmt: skip
-TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names}
+TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names} | {
+    "k_chain": ("*bf16",) * 3, "v_chain": ("*bf16",) * 3,
+    "k_strides": ("i32",) * 3, "v_strides": ("i32",) * 3,
+}  # fmt: skip
+ALIGNED = ("size", "vocab", "q_stride", "k_strides", "v_strides")
 DRAW = {"STREAM": 0, "COUNT": 4, "CHUNK": sampling.CHUNK}
 WALK = {"STREAM": 2, "SIBLINGS": 4, "BLOCK": sampling.ROW_BLOCK}
 WIDE = {"BLOCK": 32 * divergence.THREAD * divergence.WIDE_WARPS, "LOWEST": -1e30}
@@ -41,6 +46,8 @@ ADJUST = {"BIASED": 1024, "ENDS": 64, "CHUNK": adjust.CHUNK}
 ROOT = dict.fromkeys(("tokens", "ancestors", "node_of", "token_ids", "raw"))
 RANK = {"CHUNK": adjust.TOP_CHUNK}
 MERGE = {"CHUNKS": 64, "CANDIDATES": 2048}
+SMALL = {"G": 3, "D": 64, "R": 8, "G_PAD": 4, "D_PAD": 64}
+LARGE = {"G": 4, "D": 128, "R": 4, "G_PAD": 4, "D_PAD": 128}
 VARIANTS = [
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "ce", "ids": None}),
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "lk", "ids": None}),
@@ -60,6 +67,10 @@ VARIANTS = [
     ),
     (adjust._rank_merge_kernel, 4, MERGE),
     (adjust._rank_merge_kernel, 4, {**MERGE, "raw": None, "path": None}),
+    (chain._chain, chain.WARPS, SMALL),
+    (chain._chain, chain.WARPS, LARGE),
+    (chain._chain_backward, chain.WARPS, SMALL),
+    (chain._chain_backward, chain.WARPS, LARGE),
     (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK}),
     (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK, "nodes": 1}),
     (sampling._draw_chunk_kernel, 4, DRAW),
@@ -87,12 +98,17 @@ def usage(cubin: bytes) -> str:
 
 
 for kernel, warps, constants in VARIANTS:
+    types = TYPE_OF | ({"out": "*bf16"} if kernel in (chain._chain, chain._chain_backward) else {})
     signature = {
-        name: "constexpr" if name in constants else TYPE_OF.get(name, "i32")
+        name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kernel.arg_names
     }
-    aligned = (n for n, kind in signature.items() if kind[0] == "*" or n in ("size", "vocab"))
-    attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    attrs = {
+        place: [["tt.divisibility", 16]]
+        for i, (name, kind) in enumerate(signature.items())
+        for place in ([(i, j) for j in range(len(kind))] if isinstance(kind, tuple) else [(i,)])
+        if name in ALIGNED or kind[0][0] == "*"
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     compiled = triton.compile(source, target=TARGET, options={"num_warps": warps})
     print(kernel.fn.__name__, usage(compiled.asm["cubin"]), constants)

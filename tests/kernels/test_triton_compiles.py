@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-IN_TRAINING = ("_divergence",)
+IN_TRAINING = ("_divergence", "_chain")
 SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 
 

@@ -165,11 +165,10 @@ def divergence(
     warps = min(warps, block // 256)  # no two threads for one logit: see _divergence
     ids = None if token_ids is None else token_ids.int()
     terms = torch.empty(4, steps, count, dtype=torch.float32, device=draft.device)
-    if count:
-        _divergence[(steps * count,)](
-            draft, target.contiguous(), ids, weights.contiguous(), terms, steps, count, size,
-            target.shape[1], float(eta), DIVERGENCE=kind,
-            BLOCK=block, LOWEST=max(torch.finfo(x.dtype).min for x in (draft, target)) / 4,
-            **({} if INTERPRET else {"num_warps": warps}),
-        )  # fmt: skip
+    _divergence[(steps * count,)](
+        draft, target.contiguous(), ids, weights.contiguous(), terms, steps, count, size,
+        target.shape[1], float(eta), DIVERGENCE=kind,
+        BLOCK=block, LOWEST=max(torch.finfo(x.dtype).min for x in (draft, target)) / 4,
+        **({} if INTERPRET else {"num_warps": warps}),
+    )  # fmt: skip
     return terms.sum(dim=-1), draft
