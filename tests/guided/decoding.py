@@ -58,7 +58,7 @@ def guided_texts(
     counts = torch.tensor([len(prompt) - 1 for prompt in prompts])
     cpu = torch.device("cpu")
     sampling = SamplingBatch.of([params] * len(prompts), range(len(prompts)), cpu)
-    state = prefill(models, planes, page_table, padded, counts, sampling)
+    state = prefill(models, planes, page_table, padded, counts, sampling).state
     roots = torch.tensor([prompt[-1] for prompt in prompts])
     first = replace(state, roots=roots, pending_tokens=roots[:, None])
     state = DecodeState.empty(len(prompts), tree.depth + 1, models.feature_size, models.dtype, cpu)
