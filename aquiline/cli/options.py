@@ -21,7 +21,7 @@ Method = Annotated[str, typer.Option(help="The draft's wiring: eagle (EAGLE-1) o
 Tree = Annotated[
     str | None, typer.Option(help="chain-N, a pool name, or paths as JSON; default: chain-3.")
 ]
-Verification = Annotated[str, typer.Option(help="coupled or multi-round.")]
+Verification = Annotated[str, typer.Option(help="coupled, multi-round; or a baseline.")]
 Speculate = Annotated[bool, typer.Option(help="Decode with a draft.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the checkpoint's.")]

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from aquiline.core.errors import AquilineError
 
-VerificationRule = Literal["coupled", "multi-round"]
+VerificationRule = Literal["coupled", "multi-round", "target-only", "independent", "block"]
 DraftMethod = Literal["eagle", "eagle3"]
 TreePath = tuple[int, ...]
 MAX_SEED = 2**63 - 1
@@ -206,7 +206,8 @@ class SpeculationParams:
             ``"auto"``: the dispatcher picks one for every round. It is a value of ``tree`` and not
             a field beside it, since it answers the same question: no two answers can be given.
         dispatch_table: file of ``aquiline tune`` for ``tree="auto"``; None is a rule by batch size.
-        verification: ``"coupled"`` or ``"multi-round"``.
+        verification: ``"coupled"`` or ``"multi-round"``; to compare with, ``"target-only"``,
+            ``"independent"`` and, on chains, ``"block"``.
     """
 
     method: DraftMethod = "eagle"
@@ -239,6 +240,10 @@ class SpeculationParams:
         )
         if self.tree is not None and not isinstance(self.tree, str):
             object.__setattr__(self, "tree", _tree_paths(self.tree))
+        _require(
+            self.verification != "block" or _is_chain(self.tree),
+            "tree", self.tree, "verification='block' judges chains; give num_speculative_tokens",
+        )  # fmt: skip
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> SpeculationParams:
@@ -250,6 +255,12 @@ class SpeculationParams:
                 f"speculative_config: unknown field {unknown[0]!r}; known are {sorted(known)}"
             )
         return cls(**config)
+
+
+def _is_chain(tree: str | tuple[TreePath, ...] | None) -> bool:
+    if tree is None or isinstance(tree, str):
+        return tree is None or tree.startswith("chain-")
+    return not any(map(any, tree))
 
 
 def _tree_paths(tree: Sequence[Sequence[int]]) -> tuple[TreePath, ...]:

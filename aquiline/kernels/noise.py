@@ -56,7 +56,7 @@ def _bits(seeds: Tensor, choices: Tensor, positions: Tensor, count: int, stream:
         blocks,
         positions[:, :, None] & _MASK32,
         choices & _MASK32,
-        torch.tensor(int(stream), device=seeds.device),
+        torch.full((), int(stream), device=seeds.device),
     )
     words = philox(counter, (seeds & _MASK32, (seeds >> 32) & _MASK32))
     return words.flatten(-2)[..., :count]

@@ -57,6 +57,14 @@ def test_bad_speculation_field_is_refused_by_name(field: str, value: Any) -> Non
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("tree", ["auto", "tree-8", [[0], [1]]])
+def test_block_verification_refuses_trees_by_name(tree: Any) -> None:
+    with pytest.raises(AquilineError, match=r"^tree=.*judges chains"):
+        SpeculationParams(verification="block", tree=tree)
+    for chain in (None, "chain-4", [[0], [0, 0]]):
+        SpeculationParams(verification="block", tree=chain)  # type: ignore[arg-type]
+
+
 def test_chain_and_tree_together_are_refused() -> None:
     with pytest.raises(AquilineError, match="not both"):
         SpeculationParams(num_speculative_tokens=3, tree="eagle-25")

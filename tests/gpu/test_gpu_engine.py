@@ -56,8 +56,10 @@ def test_fp32_text_is_the_cpus(folders, shape, method):
     assert_idle(card)
 
 
-def test_multi_round_runs_in_a_graph(folders):
-    llm = make(folders, {**TREE, "verification": "multi-round"}, "cuda")
+@pytest.mark.parametrize("rule", ["multi-round", "target-only", "independent", "block"])
+def test_every_rule_runs_in_a_graph(folders, rule):
+    shape = CHAIN if rule == "block" else TREE
+    llm = make(folders, {**shape, "verification": rule}, "cuda")
     greedy = [replace(p, temperature=0.0) for p in mixed_params(6)]
     expected = make(folders, None, "cpu").generate(prompts(6), greedy)
     assert [said(o) for o in llm.generate(prompts(6), greedy)] == [said(o) for o in expected]

@@ -22,7 +22,7 @@ from aquiline.evaluation.oracle import target_distribution
 from aquiline.kernels import noise as noise_module
 from aquiline.kernels import ops, reference_sampling
 from aquiline.speculation.tree import TreeShape
-from aquiline.speculation.verification import coupled, multi_round
+from aquiline.speculation.verification import block, coupled, multi_round
 from aquiline.speculation.verification.rules import RULES
 
 ACCEPT, REJECT = 1e-4, 1e-6
@@ -30,7 +30,7 @@ VOCAB = 16
 BUSHY = TreeShape.of([[0], [1], [2], [0, 0], [0, 1], [1, 0]])
 TREES = {  # tree, requests (each takes one round or more)
     "chain-1": (TreeShape.chain(1), 200_000),
-    "chain-3": (TreeShape.chain(3), 110_000),
+    "chain-3": (TreeShape.chain(3), 120_000),
     "bushy": (BUSHY, 150_000),
     "eagle-25": (TreeShape.named("eagle-25"), 10_000),
 }
@@ -43,6 +43,7 @@ PARAMS = {
     "all": SamplingParams(temperature=1.3, top_k=8, top_p=0.9, min_p=0.05),
     "reduced-vocabulary": SamplingParams(temperature=0.9),
 }
+CHAIN = TREES["chain-3"][0]
 REDUCED = torch.tensor([1, 2, 3, 5, 6, 8, 9, 12, 13, 15])
 PAIR = MarkovPair.random(VOCAB, seed=1)
 REDUCED_PAIR = MarkovPair.random(VOCAB, seed=1, draft_ids=REDUCED)
@@ -56,9 +57,17 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("params", PARAMS)
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("rule", RULES)
+BASELINES = [  # rule, tree
+    ("target-only", "chain-3"), ("target-only", "bushy"), ("independent", "bushy"),
+    ("block", "chain-1"), ("block", "chain-3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rule", "tree", "params"),
+    [(r, t, p) for r in ("coupled", "multi-round") for t in TREES for p in PARAMS]
+    + [(r, t, p) for r, t in BASELINES for p in ("plain", "all", "reduced-vocabulary")],
+)
 def test_emits_the_target_distribution(rule, tree, params):
     shape, rows = TREES[tree]
     pair = REDUCED_PAIR if params == "reduced-vocabulary" else PAIR
@@ -147,6 +156,25 @@ class RankedByConfidence(PrunedByConfidence):
 
 def test_rejects_children_ranked_by_confidence():
     _assert_rejected(_fit_of_plant(RankedByConfidence))
+
+
+def test_rejects_block_verification_whose_residual_ignores_the_weight(monkeypatch):
+    """max(0, P - Q), the ratio rule's, where only weight w of the target is left."""
+    real = block.residual_of
+
+    def plant(weights, target_probs, draft_probs):
+        return real(torch.ones_like(weights), target_probs, draft_probs)
+
+    monkeypatch.setattr(block, "residual_of", plant)
+    _assert_rejected(_fit_of_plant(RULES["block"], CHAIN))
+
+
+def test_rejects_block_verification_with_noise_that_a_later_round_meets_again(monkeypatch):
+    """Keyed by position alone, as the other rules are: a round ends because of nodes below it."""
+    monkeypatch.setattr(block, "round_keys", lambda round_: round_.positions)
+    fit = _fit_of_plant(RULES["block"], CHAIN)
+    assert fit.first_token > ACCEPT, "one round is exact: the joint law has to tell"
+    _assert_rejected(fit)
 
 
 def test_rejects_noise_not_keyed_by_position(monkeypatch):

@@ -160,6 +160,24 @@ def test_multi_round_at_temperature_0_is_greedy(tree):
     assert mixed.texts[1] == expected[1]
 
 
+@pytest.mark.parametrize("rule", ["target-only", "independent"])
+@pytest.mark.parametrize("tree", ["chain-3", "bushy"])
+def test_baselines_that_follow_matches_keep_the_seed_promise(tree, rule):
+    """Seeded text is plain decoding's; the drafts are others than the coupled rule's."""
+    models, params = tiny_models(seed=40), [SamplingParams(), GREEDY, FILTERED]
+    prompts, seeds = _prompts([5, 3, 8], seed=3), [7, 8, 9]
+    decoded = decode(models, prompts, COUNT, TREES[tree], params, seeds, rule)
+    assert decoded.texts == _oracle(models, prompts, params, seeds)
+
+
+def test_block_verification_at_temperature_0_is_greedy():
+    models = tiny_models(seed=40, token_ids=REDUCED)
+    prompts = _prompts([5, 3, 8], seed=3)
+    params = [SamplingParams(), GREEDY, FILTERED]
+    decoded = decode(models, prompts, COUNT, TREES["chain-3"], params, range(3), "block")
+    assert decoded.texts[1] == _oracle(models, prompts, [GREEDY] * 3, [0] * 3)[1]
+
+
 # --------------------------------------------------------------------------------- acceptance
 
 
@@ -191,12 +209,11 @@ def test_a_draft_equal_to_its_target_is_always_accepted(tree, params):
     assert _accepted(decoded) == {TREES[tree].depth}
 
 
-def test_multi_round_accepts_a_draft_equal_to_its_target():
-    """The ratio is 1 at every first child, whatever the noise."""
+@pytest.mark.parametrize("rule", ["multi-round", "block"])
+def test_a_ratio_of_1_accepts_a_draft_equal_to_its_target(rule):
+    """At every first child, whatever the noise."""
     models, params = memoryless_models(), [SamplingParams()] * 3
-    decoded = decode(
-        models, _prompts([3, 4, 6]), COUNT, TREES["chain-3"], params, [1, 2, 3], "multi-round"
-    )
+    decoded = decode(models, _prompts([3, 4, 6]), COUNT, TREES["chain-3"], params, [1, 2, 3], rule)
     assert _accepted(decoded) == {3}
 
 

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aquiline.core.errors import AquilineError
 from aquiline.core.params import SamplingParams
 from aquiline.kernels import ops
 from aquiline.kernels.reference_sampling import after_rejection
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw, position_noise
 from aquiline.speculation.tree import TreeShape
-from aquiline.speculation.verification import coupled, multi_round
+from aquiline.speculation.verification import block, coupled, multi_round
 from aquiline.speculation.verification.noise import RoundNoise
 from aquiline.speculation.verification.rules import RULES
 from tests.speculation.test_tree import trees
@@ -218,3 +219,75 @@ def test_multi_round_children_are_draws_without_replacement():
             if first != second:
                 exact = float(probs[first] * probs[second] / (1 - probs[first]))
             assert abs(share - exact) <= 4 * (exact * (1 - exact) / rows) ** 0.5
+
+
+# -------------------------------------------------------------------------------------- baselines
+
+
+def proposals(rule: str, logits: torch.Tensor) -> torch.Tensor:
+    """The root's children of five requests."""
+    positions = torch.arange(5)[:, None] * 7 + torch.arange(3)
+    context = RoundNoise(BUSHY.tables(CPU), batch_of(5, temperature=0.8), positions, 11, None)
+    return RULES[rule](context).propose(logits, 1, 3)
+
+
+def test_baselines_differ_from_coupled_in_their_children_alone():
+    logits = torch.randn(5, 1, 11, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(proposals("target-only", logits), logits.topk(3).indices)
+    independent = proposals("independent", logits)
+    assert torch.equal(independent, proposals("multi-round", logits))
+    assert not torch.equal(independent, proposals("coupled", logits))
+
+
+def block_of(tokens, target, draft, rows):
+    """Verdicts of ``rows`` requests that share a chain of 2."""
+    positions = torch.arange(3).expand(rows, -1) + 20
+    tree = TreeShape.chain(2).tables(CPU)
+    context = RoundNoise(tree, batch_of(rows), positions, 4, None)
+
+    def spread(x):
+        return x.expand(rows, *x.shape)
+
+    return block.accept(context, spread(torch.tensor(tokens)), spread(target), spread(draft))
+
+
+def test_block_verification_by_hand():
+    """Tokens 0, 0 with P = (.2, .8) then (1, 0), Q = (.5, .5) then (.5, .5): w = .4, then .8.
+
+    R after node 1 is max(0, .4 (1, 0) - .5) = 0, so it never ends a round: node 1 alone would be
+    taken with probability .4 by the ratio rule, here both are, with .8, or none.
+    """
+    target = torch.tensor([[0.2, 0.8, 0, 0], [1, 0, 0, 0], [0, 0, 0.5, 0.5]])
+    draft = torch.tensor([[0.5, 0.5, 0, 0]] * 2)
+    rows = 20_000
+    verdict = block_of([3, 0, 0], target, draft, rows)
+    assert verdict.accepted.unique().tolist() == [0, 2]
+    share = float((verdict.accepted == 2).double().mean())
+    assert abs(share - 0.8) < 4 * (0.8 * 0.2 / rows) ** 0.5
+    both = verdict.tokens[verdict.accepted == 2]
+    assert both[:, :2].unique().tolist() == [0]
+    assert both[:, 2].unique().tolist() == [2, 3]
+    none = verdict.tokens[verdict.accepted == 0]
+    assert none[:, 0].unique().tolist() == [1]
+
+
+def test_block_verification_survives_a_greedy_tie_broken_differently():
+    """The draft's one-hot misses the child: it is taken exactly if it is the target's token."""
+    verdict = block_of([3, 1, 2], one_hot(1, 2, 0), one_hot(0, 2), rows=3)
+    assert verdict.tokens.tolist() == [[1, 2, 0]] * 3
+    verdict = block_of([3, 1, 2], one_hot(3, 2, 0), one_hot(0, 2), rows=3)
+    assert verdict.accepted.tolist() == [0] * 3
+    assert verdict.tokens[:, 0].tolist() == [3] * 3
+
+
+def test_block_noise_has_a_key_of_its_own_in_every_round():
+    tree = TreeShape.chain(3).tables(CPU)
+    positions = torch.arange(50)[:, None] + torch.arange(4)  # rounds one token apart
+    keys = block.round_keys(RoundNoise(tree, batch_of(50), positions, 4, None))
+    assert len(keys.unique()) == keys.numel()
+
+
+def test_block_verification_refuses_a_tree():
+    context = RoundNoise(BUSHY.tables(CPU), batch_of(1), torch.arange(3)[None], 4, None)
+    with pytest.raises(AquilineError, match="verification='block'"):
+        RULES["block"](context)

@@ -30,6 +30,9 @@ RANKS: dict[tuple[VerificationRule, Band], tuple[float, ...]] = {
     ("multi-round", "greedy"): (0.71, 0.11, 0.05, 0.04),
     ("multi-round", "low"): (0.51, 0.13, 0.06, 0.04),
     ("multi-round", "high"): (0.51, 0.11, 0.06, 0.04),
+    ("target-only", "greedy"): (0.71, 0.11, 0.05, 0.04),
+    ("target-only", "low"): (0.45, 0.15, 0.06, 0.05),
+    ("target-only", "high"): (0.38, 0.12, 0.06, 0.05),
 }
 
 
@@ -55,8 +58,9 @@ def likeliest_paths(ranks: Sequence[float], nodes: int, depth: int) -> dict[Tree
 
 
 def default_tree(rule: VerificationRule, band: Band, nodes: int, depth: int) -> TreeShape:
-    """The tree of the likeliest paths by the default figures."""
-    return TreeShape.of(list(likeliest_paths(RANKS[rule, band], nodes, depth)))
+    """The tree of the likeliest paths by the default figures; the coupled rule's for the others."""
+    ranks = RANKS.get((rule, band), RANKS["coupled", band])
+    return TreeShape.of(list(likeliest_paths(ranks, nodes, depth)))
 
 
 def default_table() -> PathTable:

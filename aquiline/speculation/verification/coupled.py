@@ -23,12 +23,20 @@ class Coupled:
     def __init__(self, round_: RoundNoise) -> None:
         self.round = round_
         self._noise = position_noise(round_.sampling, round_.positions, round_.vocab)
+        self._proposal_noise = self.proposal_noise(round_, self._noise)
+
+    @staticmethod
+    def proposal_noise(round_: RoundNoise, drawing: ops.NoiseKey | None) -> ops.NoiseKey | None:
+        """What ranks the children beside the draft's opinion: the noise of the drawing itself."""
+        return drawing
 
     def propose(self, logits: Tensor, depth: int, count: int) -> Tensor:
         """The best of log draft_probs + the noise of the coming draw: likely winners first."""
         round_ = self.round
         levels = round_.tree.expanded_depths[depth - 1]
-        return draw_top(logits, round_.sampling, self._noise, levels, round_.draft_ids, count)
+        return draw_top(
+            logits, round_.sampling, self._proposal_noise, levels, round_.draft_ids, count
+        )
 
     def accept(self, tokens: Tensor, logits: Tensor) -> Verdict:
         tree = self.round.tree

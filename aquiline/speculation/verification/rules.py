@@ -9,6 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from aquiline.core.params import VerificationRule
+from aquiline.speculation.verification.baselines import Independent, TargetOnly
+from aquiline.speculation.verification.block import Block
 from aquiline.speculation.verification.coupled import Coupled
 from aquiline.speculation.verification.multi_round import MultiRound
 from aquiline.speculation.verification.noise import RoundNoise
@@ -32,5 +34,11 @@ class Rule(Protocol):
 
 RuleFactory = Callable[[RoundNoise], Rule]
 RULES: Mapping[VerificationRule, RuleFactory] = MappingProxyType(
-    {"coupled": Coupled, "multi-round": MultiRound}
+    {
+        "coupled": Coupled,
+        "multi-round": MultiRound,
+        "target-only": TargetOnly,
+        "independent": Independent,
+        "block": Block,
+    }
 )
