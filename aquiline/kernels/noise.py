@@ -1,7 +1,7 @@
 """Noise: random numbers that are a pure function of what they are for.
 
 A counter-based hash (Philox) turns (seed, choice, position, token id, stream) into 32 bits,
-the same on every device. This is the plain-torch definition; see ops.py for the contracts.
+the same on every device. This is the plain-torch definition; see ops for the contracts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Plain-torch twins of every operation: the definition that the fast kernels are tested against.
 
 Differentiable where training needs it, exact in float64, and with the full ragged contract.
-Attention softmax and norms are computed in fp32 at least. See ops.py for the contracts.
+Attention softmax and norms are computed in fp32 at least. See ops for the contracts.
 """
 
 from __future__ import annotations

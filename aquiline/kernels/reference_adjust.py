@@ -1,6 +1,6 @@
 """Plain-torch twins of the adjustments: the definition that the kernels are tested against.
 
-They look at the flags on the host to skip what nobody asked for. Contracts: ops.py; what the rows
+They look at the flags on the host to skip what nobody asked for. Contracts: ops; what the rows
 hold: adjustments.py.
 """
 

@@ -2,7 +2,7 @@
 
 A row's *score* is logits / temperature; greedy rows (temperature 0) are undivided. Every filter
 keeps an upper set of scores, so a distribution is its scores and one number, the floor: the lowest
-score kept. A draw is the best of score + Gumbel noise among those. See ops.py for the contracts.
+score kept. A draw is the best of score + Gumbel noise among those. See ops for the contracts.
 These functions look at the parameters on the host to skip work nobody asked for.
 """
 

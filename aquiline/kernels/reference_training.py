@@ -1,6 +1,6 @@
 """Plain-torch twins of the training operations: the definition that the kernels are tested against.
 
-Exact in float64; in lower precision computed in fp32. See ops.py for the contracts.
+Exact in float64; in lower precision computed in fp32. See ops for the contracts.
 """
 
 from __future__ import annotations

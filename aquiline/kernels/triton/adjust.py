@@ -2,7 +2,7 @@
 
 A request's flags are read first: without the one that matters a program ends there, so requests
 that ask for nothing pay for a launch and one graph serves every mix. A program owns a chunk of one
-row of logits, reads it once and writes it once. Contracts: ops.py; twins: reference_adjust.py.
+row of logits, reads it once and writes it once. Contracts: ops; twins: reference_adjust.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 A row's parameters are read on the device, so a row pays for its own filters and noise only and a
 graph replays for any batch. Scores are ordered through the int32 image of fp32 that keeps their
 order. Filters share one search: the lowest threshold with less than ``limit`` above it, counted in
-tokens (top-k) or in mass (top-p). Contracts: ops.py; twins: reference_sampling.py.
+tokens (top-k) or in mass (top-p). Contracts: ops; twins: reference_sampling.py.
 """
 
 from __future__ import annotations
