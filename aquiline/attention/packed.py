@@ -22,7 +22,6 @@ class PackedAttention:
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-        self.edges = cu_seqlens.tolist() if cu_seqlens.device.type == "cpu" else []
         self._rows: Tensor | None = None
 
     def run(
@@ -32,9 +31,7 @@ class PackedAttention:
         heads = project(x)
         heads = heads.view(*heads.shape[:-1], -1, angles.cos.shape[-1])
         kv = kv_heads
-        if (
-            heads.is_cuda and not torch.is_grad_enabled()
-        ):  # one kernel, by way of a cache of N slots
+        if heads.is_cuda and not torch.is_grad_enabled():  # one kernel, into a cache of N slots
             k, v = (heads.new_empty(heads.shape[1], kv, heads.shape[3]) for _ in range(2))
             q = ops.rotary_write(heads, angles.cos, angles.signed_sin, k, v, self._slots(heads))
             return self.attend(layer, q[0], k, v)[None]
@@ -49,20 +46,45 @@ class PackedAttention:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotated q [N, H, D], k and v [N, K, D] -> [N, H, D]; the layer does not matter here."""
-        if flash_serves(q):
-            cu, longest = self.cu_seqlens, self.max_seqlen
-            out: Tensor = torch.ops.aten._flash_attention_forward(
-                q, k, v, cu, cu, longest, longest, 0.0, True, False
-            )[0]
-            return out
-        edges = self.edges or self.cu_seqlens.tolist()
-        parts = []
-        for start, end in itertools.pairwise(edges):
-            dq, dk, dv = (x[None, start:end].transpose(1, 2) for x in (q, k, v))
-            parts.append(
-                F.scaled_dot_product_attention(dq, dk, dv, is_causal=True, enable_gqa=True)
+        return attend_documents(q, k, v, self.cu_seqlens, self.max_seqlen)
+
+
+def attend_documents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """q [N, H, D], k and v [N, K, D] -> [N, H, D], causal inside each document.
+
+    Args:
+        scale: of the scores; None is D^-0.5.
+        window: how many keys a query sees at most, its own included; None: all before it.
+    """
+    if flash_serves(q):
+        left, right = (None, None) if window is None else (window - 1, 0)
+        out: Tensor = torch.ops.aten._flash_attention_forward(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, True, False,
+            scale=scale, window_size_left=left, window_size_right=right,
+        )[0]  # fmt: skip
+        return out
+    parts = []
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        dq, dk, dv = (x[None, start:end].transpose(1, 2) for x in (q, k, v))
+        mask = None
+        if window is not None and end - start > window:
+            row = torch.arange(end - start, device=q.device)
+            distance = row[:, None] - row
+            mask = (distance >= 0) & (distance < window)
+        parts.append(
+            F.scaled_dot_product_attention(
+                dq, dk, dv, mask, is_causal=mask is None, scale=scale, enable_gqa=True
             )
-        return torch.cat(parts, dim=2)[0].transpose(0, 1)
+        )
+    return torch.cat(parts, dim=2)[0].transpose(0, 1)
 
 
 def flash_serves(q: Tensor) -> bool:
