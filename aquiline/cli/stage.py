@@ -11,6 +11,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -20,18 +21,22 @@ _LINE_SECONDS = 30.0
 _UPDATES = 1000  # of a bar
 
 
-@contextmanager
-def stage(console: Console, name: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
-    """Yields what to call with the number of things done and a note to show beside the name."""
-    columns = (
+def bar_columns() -> tuple[ProgressColumn, ...]:
+    """What a bar shows: what it is about, how far it is, time gone and time left."""
+    return (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
+
+
+@contextmanager
+def stage(console: Console, name: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
+    """Yields what to call with the number of things done and a note to show beside the name."""
     every = max(1, (total or 0) // _UPDATES)
     started = printed = time.monotonic()
 
     with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
+        *bar_columns(), console=console, transient=True, disable=not console.is_terminal
     ) as bar:
         task = bar.add_task(name, total=total)
 

@@ -11,17 +11,11 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from aquiline.cli.dry_run import Rent, print_budget
 from aquiline.cli.recipe import Recipe, configure, target_shape
+from aquiline.cli.stage import bar_columns
 from aquiline.core.errors import AquilineError, DataError
 from aquiline.engine.loader import choose_device, choose_dtype
 from aquiline.models.checkpoint import open_checkpoint
@@ -147,12 +141,8 @@ def _watch(run: Trainer, out: Path, origin: Path | None, console: Console) -> di
     )
     if not isinstance(run.teacher, LlamaTeacher):
         console.print("the decoder cannot run this teacher: no acceptance, the last draft is kept")
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
     settings = dataclasses.asdict(config)
-    with Progress(*columns, console=console) as bar, Report(out, settings) as log:
+    with Progress(*bar_columns(), console=console) as bar, Report(out, settings) as log:
         task = bar.add_task("training", total=run.schedule.steps)
 
         def report(reading: Reading) -> None:
