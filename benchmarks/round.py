@@ -11,10 +11,13 @@ First the target's linear layers and head alone, for a few rows, beside cuBLAS.
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from aquiline.decoding.models import DecoderModels
 from aquiline.evaluation.costs import measure_round_ms, pages_of
@@ -36,6 +39,7 @@ ROWS = (  # context, batch, draft
 
 
 LINEAR_ROWS = (1, 4, 16, 32, 64)
+Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 def tree_named(name: str) -> TreeShape:
@@ -68,10 +72,15 @@ class Card:
         )
 
 
+def weights_read(target: Llama) -> int:
+    """Parameters that a pass reads: all but the embedding's."""
+    return sum(p.numel() for p in target.parameters()) - target.embed_tokens.weight.numel()
+
+
 def limit_ms(models: DecoderModels, card: Card, tree: TreeShape, batch: int, context: int) -> float:
     """The target's pass over all nodes; the draft's layer and head once a level."""
     target, drafter = models.target, models.drafter
-    weights = sum(p.numel() for p in target.parameters()) - target.embed_tokens.weight.numel()
+    weights = weights_read(target)
     kv = batch * context * target.plane_shape().bytes_per_token(models.dtype)
     total = card.ms(weights, batch * tree.size, kv)
     if drafter is None or tree.depth == 0:
@@ -89,34 +98,28 @@ def linears(target: Llama, card: Card) -> list[dict[str, float]]:
     another. Each of ours waits for the one in front, as in a round."""
     found = []
     width = target.config.hidden_size
-    weights = sum(p.numel() for p in target.parameters()) - target.embed_tokens.weight.numel()
     for rows in LINEAR_ROWS:
         x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
         inner = torch.randn(
             rows, target.config.intermediate_size, device="cuda", dtype=torch.bfloat16
         )
 
-        def ours(x: torch.Tensor = x, inner: torch.Tensor = inner) -> None:
+        def products(
+            plain: Multiply, gated: Multiply, x: Tensor = x, inner: Tensor = inner
+        ) -> None:
             for layer in target.layers:
                 attention, mlp = layer.self_attn, layer.mlp
-                ops.linear(x, attention.qkv_proj.weight)
-                ops.linear(x, attention.o_proj.weight)
-                ops.gated_linear(x, mlp.gate_up_proj.weight)
-                ops.linear(inner, mlp.down_proj.weight)
-            ops.linear(x, target.lm_head.weight)
+                plain(x, attention.qkv_proj.weight)
+                plain(x, attention.o_proj.weight)
+                gated(x, mlp.gate_up_proj.weight)
+                plain(inner, mlp.down_proj.weight)
+            plain(x, target.lm_head.weight)
 
-        def cublas(x: torch.Tensor = x, inner: torch.Tensor = inner) -> None:
-            for layer in target.layers:
-                attention, mlp = layer.self_attn, layer.mlp
-                F.linear(x, attention.qkv_proj.weight)
-                F.linear(x, attention.o_proj.weight)
-                F.linear(x, mlp.gate_up_proj.weight)
-                F.linear(inner, mlp.down_proj.weight)
-            F.linear(x, target.lm_head.weight)
-
-        found.append({"rows": rows, "linears_ms": round(graph_ms(ours), 3),
-                      "cublas_ms": round(graph_ms(cublas), 3),
-                      "limit_ms": round(card.ms(weights, rows, 0), 3)})  # fmt: skip
+        ours = graph_ms(functools.partial(products, ops.linear, ops.gated_linear))
+        cublas = graph_ms(functools.partial(products, F.linear, F.linear))
+        found.append({"rows": rows, "linears_ms": round(ours, 3),
+                      "cublas_ms": round(cublas, 3),
+                      "limit_ms": round(card.ms(weights_read(target), rows, 0), 3)})  # fmt: skip
         print(found[-1], flush=True)
     return found
 
