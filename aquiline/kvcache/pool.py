@@ -51,7 +51,7 @@ class KVPlane:
         ops.move_kv(self.data, source, target)
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy one page in every layer (fork)."""
+        """Copy one page in every layer (fork, and choices of one prompt)."""
         size = self.page_size
         self.data[:, :, target * size : (target + 1) * size] = self.data[
             :, :, source * size : (source + 1) * size

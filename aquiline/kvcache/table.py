@@ -71,15 +71,14 @@ class PageTable:
         if partial:
             after = self.pages[full - 1] if full else None
             copy = (self.pages[full], self.allocator.allocate(after))
-        for page in self.pages[:full]:
-            self.allocator.share(page)
-        twin.pages = self.pages[:full] + ([copy[1]] if copy else [])
+        twin.share(self, self.length)
+        twin.pages += [copy[1]] if copy else []
         twin.length = self.length
         return twin, copy
 
     def share(self, other: PageTable, tokens: int) -> None:
-        """Begin with the pages that the first ``tokens`` tokens of another sequence fill; nothing
-        is committed in them yet, and ``reserve`` adds this sequence's own."""
+        """Begin with the pages that the first ``tokens`` tokens of another sequence fill. The
+        length stays 0: committing is the caller's; ``reserve`` adds this sequence's own pages."""
         assert not self.pages, "only an empty table begins with another's pages"
         self.pages = other.pages[: tokens // self.page_size]
         for page in self.pages:
