@@ -22,8 +22,8 @@ TYPES = {  # by the names of the arguments; all others are int32
     "*bf16": ("logits", "target", "draft", "raw", "q", "prefix", "grad", "dq", "dkeys", "dvalues"),
     "*fp32": ("floor", "target_floor", "draft_floor", "temperature", "top_p", "min_p", "values",
               "stats", "target_stats", "draft_stats", "steps", "log_residual", "repetition",
-              "presence", "frequency", "bias_values", "out", "weights", "terms", "prefix_lse",
-              "lse"),
+              "presence", "frequency", "bias_values", "out", "weights", "terms", "held",
+              "prefix_lse", "lse"),
     "fp32": ("eta", "scale"),
     "*i32": ("indices", "peaks", "target_peaks", "flags", "prompt_seen", "bias_ids", "allowed",
              "end_ids", "ids"),
@@ -38,6 +38,7 @@ TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names} | {
     "k_strides": ("i32",) * 3, "v_strides": ("i32",) * 3,
 }  # fmt: skip
 ALIGNED = ("size", "vocab", "q_stride", "k_strides", "v_strides")
+FLOOR = {"BLOCK": sampling.ROW_BLOCK, "HELD": sampling.HELD}
 DRAW = {"STREAM": 0, "COUNT": 4, "CHUNK": sampling.CHUNK}
 WALK = {"STREAM": 2, "SIBLINGS": 4, "BLOCK": sampling.ROW_BLOCK}
 WIDE = {"BLOCK": 32 * divergence.THREAD * divergence.WIDE_WARPS, "LOWEST": -1e30}
@@ -71,8 +72,8 @@ VARIANTS = [
     (chain._chain, chain.WARPS, LARGE),
     (chain._chain_backward, chain.WARPS, SMALL),
     (chain._chain_backward, chain.WARPS, LARGE),
-    (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK}),
-    (sampling._score_floor_kernel, 16, {"BLOCK": sampling.ROW_BLOCK, "nodes": 1}),
+    (sampling._score_floor_kernel, 16, FLOOR),
+    (sampling._score_floor_kernel, 16, {**FLOOR, "nodes": 1}),
     (sampling._draw_chunk_kernel, 4, DRAW),
     (sampling._draw_chunk_kernel, 4, {**DRAW, "token_ids": None}),
     (sampling._draw_chunk_kernel, 4, {**DRAW, "token_ids": None, "levels": None, "floor": None}),

@@ -23,6 +23,7 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # of a token that was dropped: ab
 KEY_OF_NEGATIVE_INFINITY = tl.constexpr(-2139095041)
 ROW_BLOCK = 4096  # tokens that a program which owns a whole row looks at together
 CHUNK = 2048  # tokens of a program that shares a row
+HELD = 2048  # tokens that a program keeps while it searches among them
 
 
 # ------------------------------------------------------------------------------------ on a row
@@ -79,22 +80,27 @@ def _mass_from(row, vocab, divisor, best, floor, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _raise_bar(row, vocab, divisor, best, bar, limit, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+def _raise_bar(
+    row, held, vocab, divisor, best, bar, limit,
+    BY_MASS: tl.constexpr, BLOCK: tl.constexpr, HELD: tl.constexpr,
+):  # fmt: skip
     """The highest key that leaves ``limit`` or more above it: what is kept is above the bar.
 
-    Two bits a pass, at most 16 passes; fewer where one token is left between the bounds. NaNs
-    compare false and so raise the bar: the search ends whatever the row holds.
+    Passes over the row try three bars each, the first time near the best score, where the answer
+    usually is, then at the quarters of what is left; as soon as at most HELD tokens lie between
+    the bounds these are copied to ``held``, and the search goes on among them in registers.
+    NaNs compare false and so raise the bar: the search ends whatever the row holds.
     """
     lanes = tl.arange(0, BLOCK)
     low = bar
     high = _key_of(best).to(tl.int64)
-    above_low = tl.full([], 2147483647, tl.int32)
-    above_high = tl.full([], 0, tl.int32)
-    while (high - low > 1) & (above_low - above_high > 1):
-        span = high - low
-        key1 = low + span // 4
-        key2 = low + span // 2
-        key3 = low + span * 3 // 4
+    above_low = vocab + 0  # tokens above the bounds, of the lower one at most
+    above_high = 0
+    mass_high = 0.0
+    key1 = _bar_at(best - 16.0, low, high)
+    key2 = _bar_at(best - 6.0, low, high)
+    key3 = _bar_at(best - 2.0, low, high)
+    while (high - low > 1) & (above_low - above_high > HELD):
         bar1, bar2, bar3 = key1.to(tl.int32), key2.to(tl.int32), key3.to(tl.int32)
         count1 = tl.zeros([BLOCK], tl.int32)
         count2 = tl.zeros([BLOCK], tl.int32)
@@ -119,29 +125,73 @@ def _raise_bar(row, vocab, divisor, best, bar, limit, BY_MASS: tl.constexpr, BLO
                 mass2 += tl.where(above2, weights, 0.0)
                 mass3 += tl.where(above3, weights, 0.0)
         total1, total2, total3 = tl.sum(count1, 0), tl.sum(count2, 0), tl.sum(count3, 0)
+        sum1, sum2, sum3 = tl.sum(mass1, 0), tl.sum(mass2, 0), tl.sum(mass3, 0)
         if BY_MASS:
-            under1 = tl.sum(mass1, 0) < limit
-            under2 = tl.sum(mass2, 0) < limit
-            under3 = tl.sum(mass3, 0) < limit
+            under1, under2, under3 = sum1 < limit, sum2 < limit, sum3 < limit
         else:
             under1, under2, under3 = total1 < limit, total2 < limit, total3 < limit
         above_high = tl.where(
             under1, total1, tl.where(under2, total2, tl.where(under3, total3, above_high))
+        )
+        mass_high = tl.where(
+            under1, sum1, tl.where(under2, sum2, tl.where(under3, sum3, mass_high))
         )
         high = tl.where(under1, key1, tl.where(under2, key2, tl.where(under3, key3, high)))
         above_low = tl.where(
             under1, above_low, tl.where(under2, total1, tl.where(under3, total2, total3))
         )
         low = tl.where(under1, low, tl.where(under2, key1, tl.where(under3, key2, key3)))
+        span = high - low
+        key1 = low + span // 4
+        key2 = low + span // 2
+        key3 = low + span * 3 // 4
+    if (high - low > 1) & (above_low - above_high > 1):
+        count = 0
+        for start in range(0, vocab, BLOCK):
+            tokens = start + lanes
+            inside = tokens < vocab
+            scores = scores_of(row, tokens, inside, divisor)
+            keys = _key_of(scores)
+            between = inside & (keys > low.to(tl.int32)) & (keys <= high.to(tl.int32))
+            place = count + tl.cumsum(between.to(tl.int32), 0) - 1
+            tl.store(held + place, scores, mask=between & (place < HELD))
+            count += tl.sum(between.to(tl.int32), 0)
+        tl.debug_barrier()  # what other threads of the program stored is there
+        few = tl.arange(0, HELD)
+        scores = tl.load(held + few, mask=few < count, other=NEGATIVE_INFINITY)
+        tl.debug_barrier()  # the next search stores there
+        keys = _key_of(scores)
+        weights = tl.exp(scores - best)
+        above = above_high  # and mass above the bound that these lie under
+        mass = mass_high
+        while (high - low > 1) & (above_low - above_high > 1):
+            key = low + (high - low) // 2
+            over = keys > key.to(tl.int32)
+            total = above + tl.sum(over.to(tl.int32), 0)
+            if BY_MASS:
+                under = mass + tl.sum(tl.where(over, weights, 0.0), 0) < limit
+            else:
+                under = total < limit
+            high = tl.where(under, key, high)
+            above_high = tl.where(under, total, above_high)
+            low = tl.where(under, low, key)
+            above_low = tl.where(under, above_low, total)
     return low
 
 
 @triton.jit
+def _bar_at(score, low, high):
+    """The key of a score, within the bounds."""
+    return tl.minimum(tl.maximum(_key_of(score).to(tl.int64), low), high)
+
+
+@triton.jit
 def _score_floor_kernel(
-    logits, stride_b, stride_n, temperature, top_k, top_p, min_p, floor, nodes, vocab,
-    BLOCK: tl.constexpr,
+    logits, stride_b, stride_n, temperature, top_k, top_p, min_p, held, floor, nodes, vocab,
+    BLOCK: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     row_id = tl.program_id(0)
+    held += row_id.to(tl.int64) * HELD
     b = row_id // nodes
     row = logits + b.to(tl.int64) * stride_b + (row_id % nodes).to(tl.int64) * stride_n
     heat = tl.load(temperature + b)
@@ -155,10 +205,10 @@ def _score_floor_kernel(
         best = _best_score(row, vocab, divisor, BLOCK)
         bar = tl.full([], KEY_OF_NEGATIVE_INFINITY - 1, tl.int64)
         if cut:
-            bar = _raise_bar(row, vocab, divisor, best, bar, k, False, BLOCK)
+            bar = _raise_bar(row, held, vocab, divisor, best, bar, k, False, BLOCK, HELD)
         if p < 1:
             mass = _mass_from(row, vocab, divisor, best, _score_of((bar + 1).to(tl.int32)), BLOCK)
-            bar = _raise_bar(row, vocab, divisor, best, bar, p * mass, True, BLOCK)
+            bar = _raise_bar(row, held, vocab, divisor, best, bar, p * mass, True, BLOCK, HELD)
         lowest = _score_of((bar + 1).to(tl.int32))
         if m > 0:
             lowest = tl.maximum(lowest, best + tl.log(m))
@@ -171,9 +221,10 @@ def score_floor(
     logits = with_rows(logits)
     batch, nodes, vocab = logits.shape
     floor = torch.empty(batch, nodes, dtype=torch.float32, device=logits.device)
+    held = torch.empty(batch, nodes, HELD, dtype=torch.float32, device=logits.device)
     _score_floor_kernel[(batch * nodes,)](
         logits, logits.stride(0), logits.stride(1), temperature.contiguous(), top_k.contiguous(),
-        top_p.contiguous(), min_p.contiguous(), floor, nodes, vocab, row_block(vocab),
+        top_p.contiguous(), min_p.contiguous(), held, floor, nodes, vocab, row_block(vocab), HELD,
         num_warps=16,
     )  # fmt: skip
     return floor
