@@ -117,14 +117,15 @@ def print_limit(llm: LLM, copy_tb_s: float, options: argparse.Namespace) -> None
         print(f"limit: plain round at batch {batch}: {size / copy_tb_s / 1e9:.3f} ms", flush=True)
 
 
-def measured(llm: LLM, prompts: Sequence[list[int]], temperature: float, batch: int,
-             options: argparse.Namespace) -> Latency:  # fmt: skip
-    """The quickest of some runs; a seed per prompt makes them say the same."""
+def measured(llms: Sequence[LLM], prompts: Sequence[list[int]], temperature: float, batch: int,
+             options: argparse.Namespace) -> list[Latency]:  # fmt: skip
+    """The quickest of some runs of each; they take turns, so that a host that slows down does so
+    for all, and a seed per prompt makes the runs of one say the same."""
     params = SamplingParams(temperature=temperature, max_tokens=options.tokens, seed=0)
     asked = prompts[: options.prompts or PROMPTS.get(batch, batch)]
     repeats = options.repeats or REPEATS.get(batch, LONG_REPEATS)
-    runs = [measure_decoding(llm, asked, params, batch) for _ in range(repeats)]
-    return min(runs, key=lambda run: run.ttit_ms)
+    turns = [[measure_decoding(llm, asked, params, batch) for llm in llms] for _ in range(repeats)]
+    return [min(runs, key=lambda run: run.ttit_ms) for runs in zip(*turns, strict=True)]
 
 
 def compare(row: dict[str, Any], found: Latency, plain: Latency) -> None:
@@ -196,10 +197,10 @@ def main() -> None:
         for temperature in options.temperatures:
             rich = rich_tree(dispatcher, batch, options.contexts[0], temperature)
             trees = {"none": None, "chain-3": "chain-3", "best": rich, "dispatcher": "auto"}
-            plain: Latency | None = None
-            for name, tree in trees.items():
-                found = measured(models.of(tree), prompts, temperature, batch, options)
-                plain = plain or found
+            llms = [models.of(tree) for tree in trees.values()]
+            results = measured(llms, prompts, temperature, batch, options)
+            plain = results[0]
+            for (name, tree), found in zip(trees.items(), results, strict=True):
                 row = latency_row(found, name, temperature, plain)
                 if isinstance(tree, TreeShape):
                     row |= {"nodes": tree.size - 1, "depth": tree.depth}

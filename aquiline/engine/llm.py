@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from aquiline.core.errors import AquilineError
+from aquiline.core.heap import settled_heap
 from aquiline.core.outputs import RequestOutput
 from aquiline.core.params import SamplingParams, SpeculationParams
 from aquiline.engine.config import DtypeName, EngineConfig
@@ -118,8 +119,9 @@ class LLM:
             for tokens, one in zip(prompts, each, strict=True):
                 ids.append(self.engine.add_request(tokens, one))
             done: dict[int, RequestOutput] = {}
-            while len(done) < len(ids):
-                done |= {out.request_id: out for out in self.engine.step() if out.finished}
+            with settled_heap():
+                while len(done) < len(ids):
+                    done |= {out.request_id: out for out in self.engine.step() if out.finished}
         except BaseException:
             for request in ids:
                 self.engine.abort(request)

@@ -11,12 +11,12 @@ per round / tokens per round.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from aquiline.core.errors import AquilineError
+from aquiline.core.heap import settled_heap
 from aquiline.core.outputs import RequestOutput
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
@@ -84,10 +84,11 @@ def measure_decoding(
         raise AquilineError(f"max_tokens={params.max_tokens}: give at least 3; prefill draws one")
     short = replace(params, max_tokens=min(WARM_UP_TOKENS, params.max_tokens))
     _window(llm, prompts[:batch], short, 0)
-    windows = [
-        _window(llm, prompts[start : start + batch], params, start)
-        for start in range(0, len(prompts) - batch + 1, batch)
-    ]
+    with settled_heap():
+        windows = [
+            _window(llm, prompts[start : start + batch], params, start)
+            for start in range(0, len(prompts) - batch + 1, batch)
+        ]
     return Latency(
         batch,
         sum(window.rounds for window in windows),
@@ -103,7 +104,6 @@ def _window(
 ) -> Latency:
     """One batch; ``index`` is its first prompt's."""
     engine, latest = llm.engine, dict[int, RequestOutput]()
-    gc.collect()  # a full collection takes as long as dozens of a small model's rounds
     started, firsts = time.perf_counter(), list[float]()
     ids = [engine.add_request(p, _seeded(params, index + i)) for i, p in enumerate(prompts)]
     while len(latest) < len(ids):

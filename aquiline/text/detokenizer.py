@@ -18,6 +18,7 @@ from aquiline.text.tokenizer import Tokenizer
 _REPLACEMENT = "\ufffd"
 # A character has at most 4 bytes: a longer tail of U+FFFD also holds bytes that are simply invalid.
 _MAX_PENDING = 8
+_MAX_CONTEXT = 16  # tokens; to drop some costs one more decoding
 
 
 class Detokenizer:
@@ -93,21 +94,22 @@ class Detokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def _settle(self) -> str:
-        """Text that no later token can change; moves the window on when it ends a character."""
+        """Text that no later token can change; a window that ends a character is context."""
         text = self._decode(self._window)
         end = len(text.rstrip(_REPLACEMENT))
         new = text[self._settled : end]
         self._settled = max(self._settled, end)
         if end == len(text):
-            self._move_window(self._num_context)
+            if len(self._window) > _MAX_CONTEXT:
+                self._drop_context()
+            self._num_context = len(self._window)
         elif len(self._window) - self._num_context > _MAX_PENDING:
             new += self._drop_invalid(text)
         return new
 
-    def _move_window(self, start: int) -> None:
-        """Make the window's tokens from ``start`` on the context of those to come."""
-        self._window = self._window[start:]
-        self._num_context = len(self._window)
+    def _drop_context(self) -> None:
+        """What was context so far leaves the window; the newest tokens are context enough."""
+        self._window = self._window[self._num_context :]
         self._settled = len(self._decode(self._window))
 
     def _drop_invalid(self, text: str) -> str:

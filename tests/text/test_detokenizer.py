@@ -167,5 +167,5 @@ def test_work_per_token_is_constant(
     detokenizer = Detokenizer(smollm, skip_special_tokens=False)
     for i in range(2000):
         detokenizer.append([pattern[i % len(pattern)]])
-    assert max(lengths) <= 12
-    assert len(lengths) <= 2000 * 4
+    assert max(lengths) <= 32
+    assert len(lengths) <= 2000 * 2
