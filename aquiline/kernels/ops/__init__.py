@@ -42,6 +42,7 @@ from aquiline.kernels.ops.dense import (
     residual_linear,
     rms_norm,
     rotary_linear,
+    rotary_split,
     rotary_write,
     silu_mul,
 )
@@ -58,7 +59,6 @@ from aquiline.kernels.ops.training import (
     merge_chain,
     merge_chain_backward,
 )
-from aquiline.kernels.reference import rotary
 from aquiline.kernels.reference_sampling import probabilities, scaled_scores
 
 __all__ = [
@@ -97,8 +97,8 @@ __all__ = [
     "probabilities",
     "residual_linear",
     "rms_norm",
-    "rotary",
     "rotary_linear",
+    "rotary_split",
     "rotary_write",
     "scaled_scores",
     "score_floor",
