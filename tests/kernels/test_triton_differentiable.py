@@ -1,4 +1,4 @@
-"""Norm, activation and rotary with their gradients, in the interpreter, against float64."""
+"""Kernels with gradients (norm, activation, rotary, regression), interpreted, against float64."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from aquiline.kernels import reference
-from aquiline.kernels.triton import differentiable
+from aquiline.kernels import reference, reference_training
+from aquiline.kernels.triton import differentiable, regression
 
 EPS = 1e-5
 Function = Callable[..., Tensor | Sequence[Tensor]]
@@ -25,7 +25,8 @@ def results(function: Function, inputs: list[Tensor], dtype: torch.dtype) -> lis
     found = function(*(1 * leaf for leaf in leaves))  # no leaves, for one may be spent
     outs = [found] if isinstance(found, Tensor) else list(found)
     kept = [out.detach().clone() for out in outs]
-    torch.autograd.backward(outs, [normal(*out.shape, seed=9).to(dtype) for out in outs])
+    ups = [normal(*out.shape, seed=9).to(dtype).to(out.dtype) for out in outs]
+    torch.autograd.backward(outs, ups)
     return kept + [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
@@ -39,7 +40,7 @@ def compare(ours: Function, twin: Function, inputs: list[Tensor]) -> None:
     low = [x.bfloat16() for x in inputs]
     mine, theirs = (results(f, low, torch.bfloat16) for f in (ours, twin))
     for found, other, exact in zip(mine, theirs, results(twin, low, torch.float64), strict=True):
-        assert found.dtype == torch.bfloat16
+        assert found.dtype == other.dtype
         assert (found.double() - exact).norm() <= 3 * (other.double() - exact).norm() + 1e-6
 
 
@@ -95,6 +96,20 @@ def test_rotary_takes_no_memory_of_its_own() -> None:
     heads = normal(1, 6, 8, 16)
     q, k, v = differentiable.rotary_split(heads, *normal(2, 1, 6, 1, 16, seed=1), 2)
     assert {x.untyped_storage().data_ptr() for x in (q, k, v)} == {heads.data_ptr()}
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+@pytest.mark.parametrize(("steps", "rows", "size"), [(1, 9, 64), (3, 5, 20), (2, 3, 2500)])
+def test_regression(steps: int, rows: int, size: int, beta: float) -> None:
+    features = normal(rows, size, seed=1).bfloat16()
+    features[0] = 0  # errors of nothing, and a slope of nothing in L1
+    hidden = normal(steps, rows, size)
+    hidden[:, 0, ::2] = 0
+
+    def of(function: Function) -> Function:
+        return lambda x: function(x, features.to(x.dtype), beta)
+
+    compare(of(regression.regression), of(reference_training.regression), [hidden.bfloat16()])
 
 
 def test_a_decoder_layer_learns_as_torch_has_it() -> None:

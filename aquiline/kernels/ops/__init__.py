@@ -58,6 +58,7 @@ from aquiline.kernels.ops.training import (
     divergence,
     merge_chain,
     merge_chain_backward,
+    regression,
 )
 from aquiline.kernels.reference_sampling import probabilities, scaled_scores
 
@@ -95,6 +96,7 @@ __all__ = [
     "philox",
     "plan_attention",
     "probabilities",
+    "regression",
     "residual_linear",
     "rms_norm",
     "rotary_linear",
