@@ -22,7 +22,6 @@ class PackedAttention:
 
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int) -> None:
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-        self._rows: Tensor | None = None
 
     def run(
         self, layer: int, x: Tensor | ops.Normed, project: Projection, kv_heads: int, angles: Angles
@@ -30,19 +29,8 @@ class PackedAttention:
         """See Attention; B is 1."""
         heads = project(x)
         heads = heads.view(*heads.shape[:-1], -1, angles.cos.shape[-1])
-        kv = kv_heads
-        if heads.is_cuda and not torch.is_grad_enabled():  # one kernel, into a cache of N slots
-            k, v = (heads.new_empty(heads.shape[1], kv, heads.shape[3]) for _ in range(2))
-            q = ops.rotary_write(heads, angles.cos, angles.signed_sin, k, v, self._slots(heads))
-            return self.attend(layer, q[0], k, v)[None]
-        turned = ops.rotary(heads[:, :, :-kv], angles.cos, angles.signed_sin)
-        return self.attend(layer, turned[0, :, :-kv], turned[0, :, -kv:], heads[0, :, -kv:])[None]
-
-    def _slots(self, heads: Tensor) -> Tensor:
-        """[N], every row its own; the same for all layers."""
-        if self._rows is None:
-            self._rows = torch.arange(heads.shape[1], device=heads.device)
-        return self._rows
+        q, k, v = ops.rotary_split(heads, angles.cos, angles.signed_sin, kv_heads)
+        return self.attend(layer, q, k, v)[None]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotated q [N, H, D], k and v [N, K, D] -> [N, H, D]; the layer does not matter here."""

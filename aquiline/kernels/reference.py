@@ -36,6 +36,14 @@ def rotary(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, torch.roll(x, x.shape[-1] // 2, dims=-1), signed_sin)
 
 
+def rotary_split(
+    heads: Tensor, cos: Tensor, signed_sin: Tensor, kv_heads: int
+) -> tuple[Tensor, ...]:
+    turned = rotary(heads[:, :, :-kv_heads], cos, signed_sin)
+    q, k = turned[:, :, :-kv_heads], turned[:, :, -kv_heads:]
+    return q.flatten(0, 1), k.flatten(0, 1), heads[:, :, -kv_heads:].flatten(0, 1)
+
+
 # ---------------------------------------------------------------------------------- attention
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # ----------------------------------------------------------------------------------------- the loss
@@ -52,6 +53,11 @@ def divergence(
 
 def _likeliest(logits: Tensor) -> Tensor:
     return logits == logits.amax(dim=-1, keepdim=True)
+
+
+def regression(hidden: Tensor, features: Tensor, beta: float) -> Tensor:
+    aims = _wide(features).expand_as(hidden)
+    return F.smooth_l1_loss(_wide(hidden), aims, reduction="none", beta=beta).mean(dim=-1)
 
 
 # ---------------------------------------------------------------------------------------- the chain

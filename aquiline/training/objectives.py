@@ -19,9 +19,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from aquiline.kernels import ops
 from aquiline.kernels.ops import Divergence
 from aquiline.training.config import TrainConfig
 from aquiline.training.vocabulary_loss import STATISTICS, Heads, vocabulary_loss
@@ -72,10 +72,8 @@ def objective_loss(config: TrainConfig, rows: Rows, heads: Heads, count: Tensor)
     terms = dict(zip(STATISTICS, sums / count, strict=True))
     total = config.weight_of_distribution * total
     if config.weight_of_regression:
-        compare = F.l1_loss if config.regression == "l1" else F.smooth_l1_loss
-        wide = torch.promote_types(rows.hidden.dtype, torch.float32)
-        aims = rows.features.to(wide).expand_as(rows.hidden)
-        error = compare(rows.hidden.to(wide), aims, reduction="none").mean(dim=-1)
+        beta = 0.0 if config.regression == "l1" else 1.0
+        error = ops.regression(rows.hidden, rows.features, beta)
         total = total + config.weight_of_regression * (weights * error).sum()
         terms["regression"] = (rows.taken * error).sum(dim=-1).detach() / count
     return Loss(total, terms)

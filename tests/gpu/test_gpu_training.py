@@ -1,17 +1,22 @@
-"""Training on the card: flash with merged sums and the fused loss, against float64."""
+"""Training on the card: flash with merged sums, the fused loss, small kernels, against float64."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed._composable.checkpoint_activation import checkpoint as recompute
 
 from aquiline.attention.unrolled import chained_attention
+from aquiline.kernels import ops
+from aquiline.layers.mlp import MLP
 from aquiline.training import vocabulary_loss as vocabulary
 from aquiline.training.config import TrainConfig
+from aquiline.training.packing import PackedBatch
 from aquiline.training.student import Student, scored_positions
 from aquiline.training.teacher import LlamaTeacher
 from aquiline.training.vocabulary_loss import Heads, vocabulary_loss
@@ -89,6 +94,101 @@ def test_vocabulary_loss(
         assert gap(mine.grad, theirs.grad) < max(3e-2, 1.2 * gap(twin.grad.cuda(), theirs.grad))
 
 
+# -------------------------------------------------------------------------------- the small kernels
+
+
+def outputs_and_gradients(
+    function: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]
+) -> list[Tensor]:
+    """Outputs, then the inputs' gradients for random ones of the outputs."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    outs = function(*(1 * leaf for leaf in leaves))
+    kept = [out.detach().clone() for out in outs]
+    generator = torch.Generator("cuda").manual_seed(3)
+    ups = [torch.randn(out.shape, device="cuda", generator=generator) for out in outs]
+    torch.autograd.backward(
+        outs, [up.to(BF16).to(out.dtype) for up, out in zip(ups, outs, strict=True)]
+    )
+    return kept + [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def normed(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    return (ops.rms_norm(x, weight, 1e-5),)
+
+
+def streamed(x: Tensor, down: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    stream = ops.residual_linear(x, down, residual, ops.Norm(weight, 1e-5))
+    return stream.x, stream.value()
+
+
+def activated(gate_up: Tensor) -> tuple[Tensor, ...]:
+    return (ops.silu_mul(gate_up),)
+
+
+def turned(heads: Tensor, kv: int) -> tuple[Tensor, ...]:
+    angles = torch.outer(torch.arange(heads.shape[1]), 0.9 ** torch.arange(heads.shape[3] // 2))
+    cos, sin = angles.cos().repeat(1, 2), torch.cat((-angles.sin(), angles.sin()), dim=1)
+    both = torch.stack((cos, sin), dim=1)[None, :, :, None].to("cuda", BF16).to(heads.dtype)
+    return ops.rotary_split(heads, *both.unbind(2), kv)
+
+
+SMALL = {
+    "norm 576": (normed, [(1, 4099, 576), (576,)]),
+    "norm 4096": (normed, [(2, 1000, 4096), (4096,)]),
+    "norm 8192": (normed, [(1, 77, 8192), (8192,)]),
+    "stream 576": (streamed, [(1, 4099, 64), (576, 64), (1, 4099, 576), (576,)]),
+    "stream 100": (streamed, [(3, 5, 40), (100, 40), (3, 5, 100), (100,)]),
+    "stream 4096": (streamed, [(1, 1000, 64), (4096, 64), (1, 1000, 4096), (4096,)]),
+    "silu 1536": (activated, [(1, 4099, 3072)]),
+    "silu 100": (activated, [(3, 7, 200)]),
+    "rotary 9, 3, 64": (lambda x: turned(x, 3), [(1, 4099, 15, 64)]),
+    "rotary 32, 8, 128": (lambda x: turned(x, 8), [(1, 777, 48, 128)]),
+    "rotary 3, 1, 20": (lambda x: turned(x, 1), [(1, 77, 5, 20)]),
+    "smooth l1": (lambda x, y: (ops.regression(x, y.detach(), 1.0),), [(3, 999, 576), (999, 576)]),
+    "l1": (lambda x, y: (ops.regression(x, y.detach(), 0.0),), [(1, 7, 4096), (7, 4096)]),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_small_kernels_and_their_gradients(name: str) -> None:
+    function, shapes = SMALL[name]
+    inputs = [torch.randn(shape, device="cuda").to(BF16) for shape in shapes]
+    found = outputs_and_gradients(function, inputs)
+    for other, mine in zip(outputs_and_gradients(function, inputs), found, strict=True):
+        assert other.equal(mine), "runs differ"
+    expected = outputs_and_gradients(function, [x.double() for x in inputs])
+    for mine, truth in zip(found, expected, strict=True):
+        assert gap(mine, truth) < 4e-3  # the rounding of what is stored, twice in a stream
+    for mine, truth in zip(
+        outputs_and_gradients(function, [x.float() for x in inputs]), expected, strict=True
+    ):
+        assert gap(mine, truth) < 1e-5
+
+
+def test_recomputed_feed_forward_layers_learn_the_same() -> None:
+    batch, found = packed([23, 9, 17, 5]), []
+    for again in (False, True):
+        teacher = LlamaTeacher(tiny_target(0, replace(CONFIG, num_layers=7)).to("cuda", BF16))
+        config = TrainConfig("t", "d", max_length=64, tokens_per_batch=64)
+        student = Student(config, teacher, None)
+        for module in student.modules():
+            if again and isinstance(module, MLP):
+                recompute(module, preserve_rng_state=False)
+        moved = on_the_card(batch)
+        count = torch.tensor(len(scored_positions(moved)), device="cuda")
+        student(moved, teacher(moved, ()), count).total.backward()
+        found.append([p.grad for p in student.parameters()])
+    assert all(one.equal(other) for one, other in zip(*found, strict=True))
+
+
+# -------------------------------------------------------------------------------------- the student
+
+
+def on_the_card(batch: PackedBatch) -> PackedBatch:
+    names = ("tokens", "loss_mask", "positions", "cu_seqlens")
+    return replace(batch, **{name: getattr(batch, name).cuda() for name in names})
+
+
 @pytest.mark.parametrize("method", ["eagle", "eagle3"])
 def test_a_students_loss_is_the_cpus(method: str) -> None:
     config = TrainConfig(
@@ -104,13 +204,7 @@ def test_a_students_loss_is_the_cpus(method: str) -> None:
                 generator = torch.Generator().manual_seed(index)
                 values = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(1 + 0.1 * values if values.dim() == 1 else 0.2 * values)
-        moved = replace(
-            batch,
-            **{
-                name: getattr(batch, name).to(device)
-                for name in ("tokens", "loss_mask", "positions", "cu_seqlens")
-            },
-        )
+        moved = on_the_card(batch) if device == "cuda" else batch
         count = torch.tensor(len(scored_positions(moved)), device=device)
         loss = student(moved, teacher(moved, student.draft.taps), count)
         loss.total.backward()

@@ -15,16 +15,26 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aquiline.kernels.triton import adjust, chain, divergence, multi_round, sampling
+from aquiline.kernels.triton import (
+    adjust,
+    chain,
+    differentiable,
+    divergence,
+    multi_round,
+    regression,
+    sampling,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {  # by the names of the arguments; all others are int32
-    "*bf16": ("logits", "target", "draft", "raw", "q", "prefix", "grad", "dq", "dkeys", "dvalues"),
+    "*bf16": ("logits", "target", "draft", "raw", "q", "prefix", "grad", "dq", "dkeys", "dvalues",
+              "x", "weight", "carried", "dx", "gate_up", "k", "v", "cos", "signed_sin", "heads",
+              "hidden", "features"),
     "*fp32": ("floor", "target_floor", "draft_floor", "temperature", "top_p", "min_p", "values",
               "stats", "target_stats", "draft_stats", "steps", "log_residual", "repetition",
               "presence", "frequency", "bias_values", "out", "weights", "terms", "held",
-              "prefix_lse", "lse"),
-    "fp32": ("eta", "scale"),
+              "prefix_lse", "lse", "dweight"),
+    "fp32": ("eta", "scale", "eps"),
     "*i32": ("indices", "peaks", "target_peaks", "flags", "prompt_seen", "bias_ids", "allowed",
              "end_ids", "ids"),
     "*i16": ("counts",),
@@ -37,7 +47,8 @@ TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names} | {
     "k_chain": ("*bf16",) * 3, "v_chain": ("*bf16",) * 3,
     "k_strides": ("i32",) * 3, "v_strides": ("i32",) * 3,
 }  # fmt: skip
-ALIGNED = ("size", "vocab", "q_stride", "k_strides", "v_strides")
+ALIGNED = ("size", "vocab", "count", "q_stride", "k_strides", "v_strides", "cos_stride",
+           "sin_stride")  # fmt: skip
 FLOOR = {"BLOCK": sampling.ROW_BLOCK, "HELD": sampling.HELD}
 DRAW = {"STREAM": 0, "COUNT": 4, "CHUNK": sampling.CHUNK}
 WALK = {"STREAM": 2, "SIBLINGS": 4, "BLOCK": sampling.ROW_BLOCK}
@@ -49,7 +60,20 @@ RANK = {"CHUNK": adjust.TOP_CHUNK}
 MERGE = {"CHUNKS": 64, "CANDIDATES": 2048}
 SMALL = {"G": 3, "D": 64, "R": 8, "G_PAD": 4, "D_PAD": 64}
 LARGE = {"G": 4, "D": 128, "R": 4, "G_PAD": 4, "D_PAD": 128}
+NORM = {"SIZE": 576, "PAD": 1024, "R": 4}
+WIDE_NORM = {"SIZE": 8192, "PAD": 8192, "R": 1}
+FEATURES = {"SIZE": 576, "PAD": 1024, "R": 2, "BETA": 1.0}
+PAIRS = {"D": 64, "R": 32, "HALF": 32}
+HALF = (chain.__name__, differentiable.__name__)  # where ``out`` is of the model's dtype
 VARIANTS = [
+    (differentiable._norm_backward, 8, NORM),
+    (differentiable._norm_backward, 8, {**NORM, "carried": None}),
+    (differentiable._norm_backward, 16, WIDE_NORM),
+    (differentiable._silu_mul_backward, 4, {"SIZE": 1536, "BLOCK": differentiable.TILE}),
+    (regression._regression, 4, {**FEATURES, "grad": None, "steps": 1}),
+    (regression._regression, 4, FEATURES),
+    (differentiable._turn, 4, {**PAIRS, "TURNED": 12, "ALL": 15}),
+    (differentiable._turn_back, 4, {**PAIRS, "H": 9, "K": 3}),
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "ce", "ids": None}),
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "lk", "ids": None}),
     (divergence._divergence, 16, {**NEAR, "DIVERGENCE": "kl"}),
@@ -99,7 +123,10 @@ def usage(cubin: bytes) -> str:
 
 
 for kernel, warps, constants in VARIANTS:
-    types = TYPE_OF | ({"out": "*bf16"} if kernel in (chain._chain, chain._chain_backward) else {})
+    types = TYPE_OF | ({"out": "*bf16"} if kernel.fn.__module__ in HALF else {})
+    if kernel is regression._regression:
+        out = "*fp32" if "grad" in constants else "*bf16"
+        types = types | {"grad": "*fp32", "out": out, "steps": "i32"}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kernel.arg_names

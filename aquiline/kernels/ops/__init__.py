@@ -42,6 +42,7 @@ from aquiline.kernels.ops.dense import (
     residual_linear,
     rms_norm,
     rotary_linear,
+    rotary_split,
     rotary_write,
     silu_mul,
 )
@@ -57,8 +58,8 @@ from aquiline.kernels.ops.training import (
     divergence,
     merge_chain,
     merge_chain_backward,
+    regression,
 )
-from aquiline.kernels.reference import rotary
 from aquiline.kernels.reference_sampling import probabilities, scaled_scores
 
 __all__ = [
@@ -95,10 +96,11 @@ __all__ = [
     "philox",
     "plan_attention",
     "probabilities",
+    "regression",
     "residual_linear",
     "rms_norm",
-    "rotary",
     "rotary_linear",
+    "rotary_split",
     "rotary_write",
     "scaled_scores",
     "score_floor",

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from aquiline.kernels import cpu, reference
-from aquiline.kernels.ops.device import fast
+from aquiline.kernels.ops.device import fast, on_triton
 
 if torch.cuda.is_available():
-    from aquiline.kernels.triton import elementwise
+    from aquiline.kernels.triton import differentiable, elementwise
     from aquiline.kernels.triton import linear as skinny
 
 SKINNY_ROWS = 64  # rows of x up to which the skinny linear is faster than cuBLAS in a round
@@ -64,6 +64,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., d] / rms(x) * weight [d], the mean square taken in fp32 at least."""
     if fast(x):
         return elementwise.rms_norm(x, weight, eps)
+    if on_triton(x):
+        return differentiable.rms_norm(x, weight, eps)
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         return cpu.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
@@ -73,6 +75,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     """gate_up [..., 2i] -> silu(gate) * up [..., i]."""
     if fast(gate_up):
         return elementwise.silu_mul(gate_up)
+    if on_triton(gate_up):
+        return differentiable.silu_mul(gate_up)
     return reference.silu_mul(gate_up)
 
 
@@ -118,8 +122,9 @@ def residual_linear(
     if packed is not None:
         return Normed(cpu.packed_linear(x, packed, None, residual), norm)
     product = reference.linear(x, weight, None)
-    if norm is not None and fast(x):
-        total, normed = elementwise.add_norm(product, residual, *norm)
+    if norm is not None and on_triton(x):
+        add_norm = elementwise.add_norm if fast(x) else differentiable.add_norm
+        total, normed = add_norm(product, residual, *norm)
         return Normed(total, norm, ready=normed)
     return Normed(residual + product, norm)
 
@@ -173,3 +178,16 @@ def rotary_write(
     if fast(heads):
         return elementwise.rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
     return reference.rotary_write(heads, cos, signed_sin, k_cache, v_cache, slots)
+
+
+def rotary_split(
+    heads: Tensor, cos: Tensor, signed_sin: Tensor, kv_heads: int
+) -> tuple[Tensor, ...]:
+    """Rotate queries and keys of heads [B, T, H + 2K, D] by cos, signed_sin [B, T, 1, D]; queries
+    [B * T, H, D], keys and values [B * T, K, D], differentiable in ``heads``.
+
+    ``heads`` is spent: the results may lie in its place, and nothing else may need it, a gradient
+    included (what a linear layer returned is such a tensor).
+    """
+    split = differentiable.rotary_split if on_triton(heads) else reference.rotary_split
+    return split(heads, cos, signed_sin, kv_heads)

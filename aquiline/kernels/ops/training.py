@@ -1,4 +1,4 @@
-"""Training: a loss over the vocabulary, and the chain of unrolled attention.
+"""Training: losses over the vocabulary and of features, and the chain of unrolled attention.
 
 Twins in ``reference_training.py``. C positions of S unrolled steps.
 """
@@ -17,6 +17,7 @@ from aquiline.kernels.ops.device import on_triton
 if torch.cuda.is_available():
     from aquiline.kernels.triton import chain
     from aquiline.kernels.triton import divergence as laws
+    from aquiline.kernels.triton import regression as errors
 
 Divergence = Literal["ce", "kl", "tv", "lk"]
 
@@ -46,6 +47,16 @@ def divergence(
     """
     compute = laws.divergence if on_triton(draft) else reference_training.divergence
     return compute(draft, target, token_ids, weights, kind, eta)
+
+
+def regression(hidden: Tensor, features: Tensor, beta: float) -> Tensor:
+    """Mean error [S, P], fp32 at least, of hidden [S, P, d] against features [P, d].
+
+    An element's error e counts |e| - beta / 2, or e^2 / (2 beta) where |e| < beta: beta 1 is smooth
+    L1, beta 0 is L1; no other is served. Differentiable in ``hidden`` alone.
+    """
+    compute = errors.regression if on_triton(hidden) else reference_training.regression
+    return compute(hidden, features, beta)
 
 
 def merge_chain(
