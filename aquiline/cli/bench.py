@@ -1,4 +1,4 @@
-"""``aquiline bench``: TTFT, TTIT, tokens per second and TPC, plain and with a draft."""
+"""``aquiline bench latency``: TTFT, TTIT, tokens per second and TPC, plain and with a draft."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aquiline.engine.llm import LLM
 from aquiline.evaluation.latency import Latency, measure_decoding
 
 
-def bench(
+def latency(
     model: options.Model = options.BUILT_IN,
     draft: options.Draft = None,
     method: options.Method = "eagle",
