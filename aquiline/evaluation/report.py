@@ -175,8 +175,9 @@ def _curves(figure: Any, rows: Sequence[Row]) -> None:
         axes.set(xlabel=load, ylabel=label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
-        if any(map(_line, rows)):
-            axes.legend()
+    if any(map(_line, rows)):
+        lines = axes.get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=4, fontsize=7)
 
 
 def _line(row: Row) -> str:
@@ -228,9 +229,9 @@ def _replays(figure: Any, rows: Sequence[Row]) -> None:
             points = [(one["start"], one[field]) for one in row["each"] if one.get(field)]
             if points:
                 axes.plot(*zip(*points, strict=True), ".", markersize=4)
+                axes.set_ylim(0, 1.08 * max(ms for _, ms in points))
             axes.set(xlabel="arrival, s", ylabel=label)
             axes.set_title(f"concurrency {row.get('concurrency', '')}", fontsize=9)
-            axes.set_ylim(bottom=0)
             axes.grid(alpha=0.3)
 
 

@@ -107,7 +107,8 @@ TUNE = (
     "--max-tokens 3 --batches 1 --contexts 20 --repeats 1 --out {out}"
 )
 BENCH = (
-    "bench {root}/target --draft {root}/draft --prompts-file {root}/prompts.txt --dtype float32 "
+    "bench latency {root}/target --draft {root}/draft --prompts-file {root}/prompts.txt "
+    "--dtype float32 "
     "--batches 1"
 )
 DRAFTED = GENERATE + " -p a --draft {root}/"
