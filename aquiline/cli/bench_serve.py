@@ -85,7 +85,7 @@ def serve(
         _print(console, row)
         rows.append(row | {"each": serving.request_rows(answers)})
     result = {
-        "benchmark": "serve", "command": shlex.join(["aquiline", *sys.argv[1:]]),
+        "benchmark": "serve", "command": _command(api_key),
         "base_url": base_url, "model": endpoint.model, "server": _version(endpoint),
         "load": "trace" if trace else "closed" if rate is None else f"{arrivals}, {rate}/s",
         "prompts": str(trace or prompts), "max_tokens": max_tokens, "temperature": temperature,
@@ -99,6 +99,12 @@ def serve(
         out.write_text(json.dumps(result) + "\n", encoding="utf-8")
     if json_output:
         print(json.dumps(result))
+
+
+def _command(api_key: str | None) -> str:
+    """The command line as it was given, but for the key."""
+    line = shlex.join(["aquiline", *sys.argv[1:]])
+    return line.replace(api_key, "KEY") if api_key else line
 
 
 def _planned(

@@ -31,7 +31,7 @@ def test_a_load_is_measured_stored_and_reported(
         base = ("bench", "serve", "--base-url", fake.url, "--out", out)
         code = aquiline(
             monkeypatch, *base, "--requests", 5, "--concurrency", "1,4",
-            "--goodput", "ttft:5000,ttit:500", "--warm-up", 2,
+            "--goodput", "ttft:5000,ttit:500", "--warm-up", 2, "--api-key", "secret-1",
         )  # fmt: skip
         assert code == 0
         assert len(fake.bodies) == 2 + 2 * 5
@@ -39,6 +39,8 @@ def test_a_load_is_measured_stored_and_reported(
         result = json.loads(out.read_text())
         assert result["model"] == "fake-1"
         assert "bench serve --base-url" in result["command"]
+        assert fake.headers[-1]["Authorization"] == "Bearer secret-1"
+        assert "secret-1" not in out.read_text()
         assert "9.9" in result["server"]
         assert result["versions"].keys() == {"aquiline", "httpx", "python"}
         for row, size in zip(result["rows"], (1, 4), strict=True):
