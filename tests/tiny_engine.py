@@ -20,7 +20,13 @@ from tests.tiny_checkpoint import CYCLE, write_draft, write_eagle3, write_target
 
 CHAIN: dict[str, Any] = {"num_speculative_tokens": 3}
 TREE: dict[str, Any] = {"tree": [[0], [1], [0, 0], [0, 1], [1, 0], [0, 0, 0]]}
-SHAPES = {"plain": None, "chain": CHAIN, "tree": TREE, "eagle-25": {"tree": "eagle-25"}}
+SHAPES = {
+    "plain": None,
+    "chain": CHAIN,
+    "tree": TREE,
+    "eagle-25": {"tree": "eagle-25"},
+    "retrieving": {**TREE, "retrieval": 5},
+}
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 

@@ -1,4 +1,4 @@
-"""``aquiline bench``: TTFT, TTIT, tokens per second and TPC, plain and with a draft."""
+"""``aquiline bench latency``: TTFT, TTIT, tokens per second and TPC, plain and with a draft."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from aquiline.engine.llm import LLM
 from aquiline.evaluation.latency import Latency, measure_decoding
 
 
-def bench(
+def latency(
     model: options.Model = options.BUILT_IN,
     draft: options.Draft = None,
     method: options.Method = "eagle",
@@ -28,6 +28,7 @@ def bench(
         str | None, typer.Option(help="File of aquiline tune, for --tree auto.")
     ] = None,
     verification: options.Verification = "coupled",
+    retrieval: options.Retrieval = 0,
     batches: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1,4,16",
     prompts: Annotated[
         int | None, typer.Option(help="MT-Bench first turns; default: twice the largest batch.")
@@ -46,7 +47,7 @@ def bench(
     texts = prompt_texts(prompts or min(80, 2 * sizes[-1]), prompts_file)
     texts = (texts * -(-sizes[-1] // len(texts)))[: max(len(texts), sizes[-1])]
     params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    config = options.speculative_config(model, draft, tree, verification, method)
+    config = options.speculative_config(model, draft, tree, verification, method, retrieval)
     if config is not None and table is not None:
         config["dispatch_table"] = table
     if config is not None:
@@ -81,7 +82,7 @@ def bench(
             json.dumps(
                 {
                     "model": model, "draft": draft or "shipped", "dtype": dtype,
-                    "verification": verification, "max_tokens": max_tokens,
+                    "verification": verification, "retrieval": retrieval, "max_tokens": max_tokens,
                     "device": torch.cuda.get_device_name() if cuda else "cpu",
                     "torch": torch.__version__, "date": datetime.date.today().isoformat(),
                     "rows": rows,

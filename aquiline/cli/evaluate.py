@@ -31,11 +31,12 @@ def evaluate(
     method: options.Method = "eagle",
     tree: options.Tree = None,
     verification: options.Verification = "coupled",
+    retrieval: options.Retrieval = 0,
     dtype: options.Dtype = "auto",
     json_output: options.Json = False,
 ) -> None:
     """Tokens per call (TPC) and acceptance by depth on benchmark prompts."""
-    config = options.speculative_config(model, draft, tree, verification, method)
+    config = options.speculative_config(model, draft, tree, verification, method, retrieval)
     llm = LLM(model, dtype, config, max_num_seqs=batch, kv_cache_tokens=batch * 4096)  # type: ignore[arg-type]
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed)
     console = Console(stderr=json_output, highlight=False)
@@ -63,7 +64,8 @@ def evaluate(
                 {
                     "model": model, "draft": draft or "shipped", "tree": tree or "chain-3",
                     "dtype": dtype, "temperature": temperature, "top_p": top_p,
-                    "verification": verification, "max_tokens": max_tokens, "device": where,
+                    "verification": verification, "retrieval": retrieval,
+                    "max_tokens": max_tokens, "device": where,
                     "torch": torch.__version__, "date": datetime.date.today().isoformat(),
                     "rows": rows,
                 }

@@ -7,7 +7,20 @@ import sys
 import typer
 from rich.console import Console
 
-from aquiline.cli import bench, chat, data, demo, doctor, evaluate, export, generate, train, tune
+from aquiline.cli import (
+    bench,
+    bench_serve,
+    chat,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    report,
+    train,
+    tune,
+)
 from aquiline.core.errors import AquilineError
 
 app = typer.Typer(
@@ -23,7 +36,11 @@ app.command("data")(data.data)
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("tune")(tune.tune)
-app.command("bench")(bench.bench)
+benches = typer.Typer(help="Measure the engine, or a server.", no_args_is_help=True)
+benches.command("latency")(bench.latency)
+benches.command("serve")(bench_serve.serve)
+app.add_typer(benches, name="bench")
+app.command("report")(report.report)
 app.command("export")(export.export)
 app.command("doctor")(doctor.doctor)
 

@@ -22,6 +22,7 @@ Tree = Annotated[
     str | None, typer.Option(help="chain-N, a pool name, or paths as JSON; default: chain-3.")
 ]
 Verification = Annotated[str, typer.Option(help="coupled, multi-round; or a baseline.")]
+Retrieval = Annotated[int, typer.Option(help="Nodes that continue the request's own text.")]
 Speculate = Annotated[bool, typer.Option(help="Decode with a draft.")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy; default: the checkpoint's.")]
@@ -33,12 +34,18 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
 def speculative_config(
-    model: str, draft: str | None, tree: str | None, verification: str, method: str = "eagle"
+    model: str,
+    draft: str | None,
+    tree: str | None,
+    verification: str,
+    method: str = "eagle",
+    retrieval: int = 0,
 ) -> dict[str, Any] | None:
     """The mapping that LLM takes; None (plain) where there is no draft for the model."""
     if draft is None and shipped_draft(model) is None:
         return None
     config: dict[str, Any] = {"method": method, "model": draft, "verification": verification}
+    config["retrieval"] = retrieval
     if tree is not None:
         try:
             config["tree"] = json.loads(tree) if tree.startswith("[") else tree

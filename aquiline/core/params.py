@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 from aquiline.core.errors import AquilineError
 
 VerificationRule = Literal["coupled", "multi-round", "target-only", "independent", "block"]
+# Rules that follow the child equal to the token drawn, whoever proposed it.
+MATCHING_RULES: tuple[VerificationRule, ...] = ("coupled", "target-only", "independent")
 DraftMethod = Literal["eagle", "eagle3"]
 TreePath = tuple[int, ...]
 MAX_SEED = 2**63 - 1
@@ -208,6 +210,9 @@ class SpeculationParams:
         dispatch_table: file of ``aquiline tune`` for ``tree="auto"``; None is a rule by batch size.
         verification: ``"coupled"`` or ``"multi-round"``; to compare with, ``"target-only"``,
             ``"independent"`` and, on chains, ``"block"``.
+        retrieval: nodes beside the drafted ones that continue the last place where the request's
+            own text, prompt included, said what it says now; 0 is none. Not for ``"multi-round"``
+            and ``"block"``, whose children must be draws from the draft.
     """
 
     method: DraftMethod = "eagle"
@@ -216,6 +221,7 @@ class SpeculationParams:
     tree: str | tuple[TreePath, ...] | None = None
     verification: VerificationRule = "coupled"
     dispatch_table: str | None = None
+    retrieval: int = 0
 
     def __post_init__(self) -> None:
         methods = get_args(DraftMethod)
@@ -243,6 +249,14 @@ class SpeculationParams:
         _require(
             self.verification != "block" or _is_chain(self.tree),
             "tree", self.tree, "verification='block' judges chains; give num_speculative_tokens",
+        )  # fmt: skip
+        nodes = self.retrieval
+        ok = _integer(nodes, 0, MAX_CHAIN)
+        _require(ok, "retrieval", nodes, f"give 0 (none) to {MAX_CHAIN} nodes")
+        _require(
+            nodes == 0 or self.verification in MATCHING_RULES,
+            "retrieval", nodes,
+            f"verification={self.verification!r} takes drawn children alone; give 'coupled', or 0",
         )  # fmt: skip
 
     @classmethod

@@ -50,7 +50,7 @@ def decode_prompts(
     device, count = models.device, len(prompts)
     longest = max(map(len, prompts))
     pages = -(-(longest + max_tokens + 2 * shape.size) // PAGE_SIZE)
-    planes = models.planes(1 + count * pages, PAGE_SIZE)
+    planes = models.planes(1 + count * pages, PAGE_SIZE, shape.retrieved > 0)
     page_table = 1 + torch.arange(count * pages, device=device).view(count, pages)
     tokens = torch.tensor([[*p, *[0] * (longest - len(p))] for p in prompts], device=device)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)

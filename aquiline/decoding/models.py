@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aquiline.kvcache.pool import KVPlane
+from aquiline.kvcache.pool import KVPlane, TokenPlane
 from aquiline.layers.linear import pack_linears
 from aquiline.models.draft import Draft, Head
 from aquiline.models.llama import Llama, TargetOutput
@@ -32,10 +32,17 @@ class Drafter:
 
 @dataclass(frozen=True)
 class Planes:
-    """The KV planes; both are addressed by the same page tables."""
+    """What is kept by slot, by the same page tables; ``tokens`` where rounds retrieve."""
 
     target: KVPlane
     draft: KVPlane | None
+    tokens: TokenPlane | None = None
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page in every plane."""
+        for plane in (self.target, self.draft, self.tokens):
+            if plane is not None:
+                plane.copy_page(source, target)
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,11 @@ class DecoderModels:
             size += self.drafter.draft.plane_shape().bytes_per_token(self.dtype)
         return size
 
-    def planes(self, pages: int, page_size: int) -> Planes:
-        """A cache of ``pages`` pages for both models."""
+    def planes(self, pages: int, page_size: int, tokens: bool = False) -> Planes:
+        """A cache of ``pages`` pages for both models, and for the tokens if asked for."""
         slots, dtype, device = pages * page_size, self.dtype, self.device
         target = KVPlane(self.target.plane_shape(), slots, page_size, dtype, device)
         draft = None
         if self.drafter is not None:
             draft = KVPlane(self.drafter.draft.plane_shape(), slots, page_size, dtype, device)
-        return Planes(target, draft)
+        return Planes(target, draft, TokenPlane(slots, page_size, device) if tokens else None)

@@ -58,6 +58,9 @@ def prefill(
         last = x.gather(1, (counts - 1)[:, None, None].expand(-1, 1, x.shape[-1]))
         return last if sources is None else last.index_select(0, sources)
 
+    if planes.tokens is not None:
+        slots = ops.slots_at(page_table, positions, planes.tokens.page_size)
+        planes.tokens.write(torch.where(valid, slots, 0), tokens)
     target_attention = attention(planes.target, len(columns))
     output = models.target(tokens, positions, target_attention, models.taps)
     features = models.draft_features(output)

@@ -22,7 +22,7 @@ from aquiline.attention.paged import PagedAttention, TreePlan
 from aquiline.decoding.models import DecoderModels, Drafter, Planes
 from aquiline.decoding.state import DecodeState
 from aquiline.kernels import ops
-from aquiline.kvcache.pool import KVPlane
+from aquiline.kvcache.pool import KVPlane, TokenPlane
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.adjusting import adjust_draft, adjust_target, settle
 from aquiline.speculation.drafting import DraftedLevel, grow
@@ -30,6 +30,8 @@ from aquiline.speculation.tree import TreeTables
 from aquiline.speculation.verification.noise import RoundNoise
 from aquiline.speculation.verification.rules import Rule, RuleFactory
 from aquiline.speculation.verification.verdict import Verdict
+
+NGRAMS = 3, 2  # longest and shortest run of tokens that is looked up
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,33 @@ def decode_round(
     tokens = state.roots[:, None]
     if drafter is not None and planes.draft is not None:
         drafting = _Drafting(drafter, planes.draft, round_, rule, page_table, state)
-        if tree.shape.depth == 0:  # plain for now: the draft keeps up, for the round that drafts
+        if not tree.levels:  # plain for now: the draft keeps up, for the round that drafts
             drafting.resync()
         else:
             tokens = grow(tree, state.roots, drafting.propose, drafter.head.to_target)
+    if planes.tokens is not None:
+        found = _retrieve(planes.tokens, tree, page_table, state)
+        tokens = torch.cat((tokens, found), dim=1)
     features, logits = _verify(models, planes.target, tree, page_table, lengths, tokens)
     raw = adjust_target(round_, logits, tokens)
     verdict = rule.accept(tokens, logits)
     logprobs = settle(round_, logits, raw, verdict)
     _commit_path(planes.target, tree, page_table, lengths, verdict)
     return RoundResult(verdict, _next_state(lengths, features, verdict), logprobs)
+
+
+def _retrieve(
+    plane: TokenPlane, tree: TreeTables, page_table: Tensor, state: DecodeState
+) -> Tensor:
+    """Write what was said since the last round; the tokens of the retrieved chain, [B, R]."""
+    ends, width = state.lengths + 1, state.room
+    said = ops.pending_rows(page_table, ends, state.pending_counts, width, plane.page_size)
+    plane.write(said.slots, state.pending_tokens)
+    count = tree.shape.retrieved
+    if count == 0:
+        return state.pending_tokens[:, :0]
+    lengths, size = state.lengths, plane.page_size
+    return ops.ngram_match(plane.data, page_table, size, lengths, *NGRAMS, count)
 
 
 def _verify(
@@ -110,7 +129,7 @@ def _commit_path(
     Nodes past ``accepted`` are moved too, into room that the next round overwrites. The nodes of a
     chain are already in place.
     """
-    if tree.shape.depth == tree.shape.size - 1:
+    if tree.shape.is_chain:
         return
     start = lengths[:, None]
     source = ops.slots_at(page_table, start + verdict.path[:, 1:], plane.page_size)
@@ -194,7 +213,7 @@ class _Drafting:
             features = features[:, level.sources]
         positions = (lengths + (depth - 1))[:, None].expand(-1, len(nodes))
         page_table, page_size = self.page_table, self.plane.page_size
-        if tree.shape.depth == tree.shape.size - 1:  # a chain: what it sees is contiguous
+        if tree.shape.drafts_chain:  # what it sees is contiguous
             slots = ops.slots_at(page_table, positions, page_size)
             plan = TreePlan(page_table, lengths + depth, slots, 0)
         else:  # every node so far, root aside; those never fed to the draft are nobody's ancestors

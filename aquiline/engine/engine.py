@@ -37,7 +37,8 @@ class Engine:
         chooser, page_size = loaded.chooser, config.page_size
         pages = config.pages(self.max_model_len, loaded.room, loaded.kv_cache_tokens)
         self.allocator = PageAllocator(pages)
-        planes = loaded.models.planes(pages, page_size)
+        retrieving = any(tree.retrieved for tree in chooser.candidates)
+        planes = loaded.models.planes(pages, page_size, retrieving)
         rule = "coupled" if config.speculation is None else config.speculation.verification
         self.scheduler = Scheduler(config.max_num_seqs, chooser, loaded.prefill_tokens)
         columns = -(-(self.max_model_len + loaded.room) // page_size)

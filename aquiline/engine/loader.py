@@ -17,7 +17,7 @@ from aquiline.models.draft_checkpoint import load_draft
 from aquiline.models.llama import Llama, load_llama
 from aquiline.models.registry import resolve, shipped_draft
 from aquiline.speculation.dispatch.default import BatchRule
-from aquiline.speculation.dispatch.dispatcher import OneTree, TreeChooser
+from aquiline.speculation.dispatch.dispatcher import OneTree, Retrieving, TreeChooser
 from aquiline.speculation.dispatch.table import DispatchTable
 from aquiline.speculation.tree import TreeShape
 from aquiline.text.tokenizer import Tokenizer, load_tokenizer
@@ -68,6 +68,11 @@ def chooser_of(speculation: SpeculationParams | None) -> TreeChooser:
     """What picks the trees that the parameters ask for; a root alone without speculation."""
     if speculation is None:
         return OneTree(TreeShape.chain(0))
+    chooser = _drafted(speculation)
+    return Retrieving(chooser, speculation.retrieval) if speculation.retrieval else chooser
+
+
+def _drafted(speculation: SpeculationParams) -> TreeChooser:
     if speculation.tree == AUTO_TREE:
         if speculation.dispatch_table is None:
             return BatchRule(speculation.verification)

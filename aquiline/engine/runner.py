@@ -141,9 +141,7 @@ class Runner:
     def _copy_last_page(self, leader: Sequence, twin: Sequence) -> None:
         """The page of the prompt's last token, the only one that the two do not share."""
         last = (len(leader.tokens) - 1) // leader.table.page_size
-        for plane in (self.planes.target, self.planes.draft):
-            if plane is not None:
-                plane.copy_page(leader.table.pages[last], twin.table.pages[last])
+        self.planes.copy_page(leader.table.pages[last], twin.table.pages[last])
 
     def _round(self, sequences: tuple[Sequence, ...], tree: int) -> Ticket:
         tables = self.trees[tree]

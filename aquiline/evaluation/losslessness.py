@@ -109,11 +109,13 @@ class MarkovPair:
         target: [V, V].
         draft: [V, Vd].
         draft_ids: [Vd] target ids of a reduced draft vocabulary, or None.
+        retrieved: [V, R] what a tree's retrieved chain says after each root, or None.
     """
 
     target: Tensor
     draft: Tensor
     draft_ids: Tensor | None = None
+    retrieved: Tensor | None = None
 
     @classmethod
     def random(
@@ -266,6 +268,8 @@ def _one_round(
         return rule.propose(logits, 1 if above is None else above.depth + 1, count)
 
     tokens = grow(round_.tree, roots, propose, pair.to_target)
+    if pair.retrieved is not None:
+        tokens = torch.cat((tokens, pair.retrieved[roots]), dim=1)
     logits = pair.target[tokens]
     raw = adjust_target(round_, logits, tokens)
     verdict = rule.accept(tokens, logits)

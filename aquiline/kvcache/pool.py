@@ -2,6 +2,8 @@
 
 Both planes share page ids: a page of a sequence holds the target's and the draft's keys and values
 of the same positions, so one table serves both. A plane is [layers, 2, slots, kv_heads, head_dim].
+Where rounds look up a request's own text, the tokens lie in a third plane: shared, copied and freed
+with the pages, like the rest.
 """
 
 from __future__ import annotations
@@ -55,4 +57,23 @@ class KVPlane:
         size = self.page_size
         self.data[:, :, target * size : (target + 1) * size] = self.data[
             :, :, source * size : (source + 1) * size
+        ]
+
+
+class TokenPlane:
+    """Token ids by slot, [slots] int32."""
+
+    def __init__(self, slots: int, page_size: int, device: torch.device) -> None:
+        self.data = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.page_size = page_size
+
+    def write(self, slots: Tensor, tokens: Tensor) -> None:
+        """Tokens to slots, of one shape."""
+        self.data[slots] = tokens.to(self.data.dtype)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """See KVPlane.copy_page."""
+        size = self.page_size
+        self.data[target * size : (target + 1) * size] = self.data[
+            source * size : (source + 1) * size
         ]

@@ -5,6 +5,12 @@ second one. Nodes are numbered level by level, the root (the last emitted token)
 
     chain(3): 0 - 1 - 2 - 3        [[0], [1], [0, 0]]:  0 -+- 1 --- 3
                                                            +- 2
+A tree may hold one chain more, of nodes that are not drafted but found in the request's own text.
+It hangs from the root, behind the root's drafted children, and its nodes are numbered last, so the
+drafted part is the tree that it would be alone:
+
+    chain(2).retrieving(3):  0 -+- 1 --- 2
+                                +- 3 --- 4 --- 5
 Everything about the shape is known before a round starts, so masks and indices are built once and
 a CUDA graph can replay. "No speculation" is the tree without draft nodes.
 """
@@ -12,7 +18,7 @@ a CUDA graph can replay. "No speculation" is the tree without draft nodes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -64,9 +70,15 @@ class Level:
 
 @dataclass(frozen=True)
 class TreeShape:
-    """``paths`` of the draft nodes (the root's empty path left out), sorted level by level."""
+    """A static tree.
+
+    Attributes:
+        paths: of the drafted nodes (the root's empty path left out), sorted level by level.
+        retrieved: length of the chain of retrieved nodes under the root; 0 for none.
+    """
 
     paths: tuple[TreePath, ...]
+    retrieved: int = 0
 
     @classmethod
     def of(cls, paths: Sequence[Sequence[int]]) -> TreeShape:
@@ -107,30 +119,56 @@ class TreeShape:
             raise AquilineError(f"tree={name!r}: known are {known}")
         return cls.of(POOL[name])
 
+    def retrieving(self, nodes: int) -> TreeShape:
+        """The same drafted nodes beside a retrieved chain of this length."""
+        return replace(self, retrieved=nodes)
+
     @property
     def size(self) -> int:
         """Nodes, the root included."""
+        return self.drafted_size + self.retrieved
+
+    @property
+    def drafted_size(self) -> int:
+        """Nodes without the retrieved ones, the root included."""
         return len(self.paths) + 1
 
     @property
     def depth(self) -> int:
-        """Of the deepest draft node; 0 without speculation."""
+        """Of the deepest node; 0 without speculation."""
+        return max(self.drafted_depth, self.retrieved)
+
+    @property
+    def drafted_depth(self) -> int:
+        """Of the deepest drafted node: the steps that drafting takes."""
         return len(self.paths[-1]) if self.paths else 0
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has two children."""
+        return self.depth == self.size - 1
+
+    @property
+    def drafts_chain(self) -> bool:
+        """Whether no node has two drafted children."""
+        return self.drafted_depth == self.drafted_size - 1
 
     @cached_property
     def parents(self) -> tuple[int, ...]:
         """Parent node of every node; the root is its own."""
         index = {path: node for node, path in enumerate(((), *self.paths))}
-        return (0, *(index[path[:-1]] for path in self.paths))
+        chain = range(self.drafted_size, self.size)
+        retrieved = (node - 1 if node > chain.start else 0 for node in chain)
+        return (0, *(index[path[:-1]] for path in self.paths), *retrieved)
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
         """Depth of every node."""
-        return (0, *(len(path) for path in self.paths))
+        return (0, *(len(path) for path in self.paths), *range(1, self.retrieved + 1))
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """Children of every node, by rank."""
+        """Children of every node, by rank; a retrieved one comes last."""
         found: list[list[int]] = [[] for _ in range(self.size)]
         for node, parent in list(enumerate(self.parents))[1:]:
             found[parent].append(node)
@@ -150,11 +188,11 @@ class TreeTables:
         steps: [D + 1] how far past the root each depth's next token is, from 1.
         ancestors: [N, N] bool; row i is True at i and at every ancestor of i (the tree mask).
         routes: [N, D + 1] the node at each depth on the way to node i; past its depth, i itself.
-        levels: drafting steps for depth 1..D.
+        levels: drafting steps, one a depth of the drafted part.
         children: [N, K] nodes by rank, padded with -1; K is 1 at least.
-        expanded_nodes: for depth 0..D-1, the nodes that have children.
+        expanded_nodes: for each drafting step, the nodes that have drafted children.
         expanded_depths: for the same, the depth of each, over and over.
-        expanded_index: [N] a node's place among all nodes that have children; 0 for the others.
+        expanded_index: [N] a node's place among all of these; 0 for the others.
         last_expanded: the last of each of ``expanded_nodes``.
     """
 
@@ -186,10 +224,12 @@ class TreeTables:
         def tensor(values: Sequence[object]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        levels = tuple(_level(shape, depth, device) for depth in range(1, shape.depth + 1))
+        drafted = shape.retrieving(0)
+        depths = range(1, drafted.depth + 1)
+        levels = tuple(_level(drafted, depth, device) for depth in depths)
         expanded = [
-            [n for n in range(shape.size) if shape.depths[n] == d and shape.children[n]]
-            for d in range(shape.depth)
+            [n for n in range(drafted.size) if drafted.depths[n] == d and drafted.children[n]]
+            for d in range(drafted.depth)
         ]
         all_expanded = [node for nodes in expanded for node in nodes]
         index = {node: place for place, node in enumerate(all_expanded)}

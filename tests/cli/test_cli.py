@@ -107,7 +107,8 @@ TUNE = (
     "--max-tokens 3 --batches 1 --contexts 20 --repeats 1 --out {out}"
 )
 BENCH = (
-    "bench {root}/target --draft {root}/draft --prompts-file {root}/prompts.txt --dtype float32 "
+    "bench latency {root}/target --draft {root}/draft --prompts-file {root}/prompts.txt "
+    "--dtype float32 "
     "--batches 1"
 )
 DRAFTED = GENERATE + " -p a --draft {root}/"
@@ -441,7 +442,8 @@ def test_tune_writes_a_table_that_a_dispatcher_is_made_of(
 
 def test_bench_times_plain_and_speculative_batches(aquiline: Command, root: Path) -> None:
     base = [
-        "bench", root / "target", "--prompts-file", root / "prompts.txt", "--dtype", "float32",
+        "bench", "latency", root / "target", "--prompts-file", root / "prompts.txt",
+        "--dtype", "float32",
         "--batches", "1,3", "--max-tokens", 12, "--json",
     ]  # fmt: skip
     result = aquiline(*base, "--draft", root / "draft")
@@ -481,5 +483,15 @@ def test_other_data_in_an_old_run_folder_is_refused(
 def test_help_names_every_command(aquiline: Command) -> None:
     result = aquiline("--help")
     assert result.code == 0
-    for command in ("generate", "chat", "demo", "data", "train", "evaluate", "tune", "bench"):
+    for command in (
+        "generate",
+        "chat",
+        "demo",
+        "data",
+        "train",
+        "evaluate",
+        "tune",
+        "bench",
+        "report",
+    ):
         assert command in result.out

@@ -36,7 +36,8 @@ WRONG_TYPES = [
 BAD_SPECULATION = [
     ("method", "medusa"), ("method", "eagle2"), ("method", 3),
     ("verification", "typical"), ("num_speculative_tokens", 0),
-    ("num_speculative_tokens", 65), ("num_speculative_tokens", -3), ("tree", 5),
+    ("num_speculative_tokens", 65), ("retrieval", -1),
+    ("retrieval", 65), ("retrieval", True), ("num_speculative_tokens", -3), ("tree", 5),
     ("tree", [["a"]]), ("tree", [0, 1]), ("dispatch_table", 3), ("dispatch_table", ""),
 ]  # fmt: skip
 
@@ -55,6 +56,14 @@ def test_bad_speculation_field_is_refused_by_name(field: str, value: Any) -> Non
     with pytest.raises(AquilineError, match=rf"^{field}=") as caught:
         SpeculationParams.from_config({field: value})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("rule", ["multi-round", "block"])
+def test_rules_that_need_drawn_children_refuse_retrieval_by_name(rule: Any) -> None:
+    with pytest.raises(AquilineError, match=rf"retrieval=4: verification='{rule}'.*'coupled'"):
+        SpeculationParams(verification=rule, retrieval=4)
+    assert SpeculationParams(verification=rule).retrieval == 0
+    assert SpeculationParams(verification="target-only", retrieval=4).retrieval == 4
 
 
 @pytest.mark.parametrize("tree", ["auto", "tree-8", [[0], [1]]])

@@ -360,7 +360,7 @@ def test_statistics_are_consistent(shape: str, make: Make) -> None:
     outputs: Sequence[RequestOutput] = make("mixed", SHAPES[shape]).generate(
         prompts(10, seed=7), mixed_params(10)
     )
-    nodes = {"plain": 0, "chain": 3, "tree": 6, "eagle-25": 25}[shape]
+    nodes = {"plain": 0, "chain": 3, "tree": 6, "eagle-25": 25, "retrieving": 11}[shape]
     for output in outputs:
         assert_consistent(output)
         assert output.speculation.drafted == nodes * output.speculation.rounds

@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aquiline.core.params import SamplingParams
-from aquiline.kernels import ops, reference, reference_adjust, reference_sampling
+from aquiline.kernels import (
+    ops,
+    reference,
+    reference_adjust,
+    reference_retrieval,
+    reference_sampling,
+)
 from aquiline.kernels.noise import NoiseKey, Stream
 from aquiline.sampling.adjust import Adjustments
 from aquiline.speculation.tree import TreeShape
@@ -177,3 +183,14 @@ def test_counts_of_a_round():
     ops.count_tokens(table, torch.tensor([1, 0, -1]), tokens, torch.tensor([4, 5, 5]))
     assert table.counts[1, [3, 5, 7]].tolist() == [1, 0, 5]
     assert int(table.counts[0].sum()) == 0
+
+
+@pytest.mark.parametrize(("length", "page_size"), [(7, 16), (4096, 128), (4097, 128), (20000, 128)])
+def test_the_look_up_in_a_text_is_the_twins(length, page_size):
+    """Texts of few different tokens, in scattered pages; one of them is short."""
+    pages = length // page_size + 2
+    page_table = 1 + torch.randperm(3 * pages).view(3, pages)
+    tokens = torch.randint(40, ((3 * pages + 1) * page_size,), dtype=torch.int32)
+    lengths = torch.tensor([length, length // 2, 3])
+    args = tokens, page_table, page_size, lengths, 3, 2, 6
+    assert torch.equal(ops.ngram_match(*args), reference_retrieval.ngram_match(*args))

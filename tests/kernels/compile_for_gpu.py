@@ -22,6 +22,7 @@ from aquiline.kernels.triton import (
     divergence,
     multi_round,
     regression,
+    retrieval,
     sampling,
 )
 
@@ -36,16 +37,21 @@ TYPES = {  # by the names of the arguments; all others are int32
               "prefix_lse", "lse", "dweight"),
     "fp32": ("eta", "scale", "eps"),
     "*i32": ("indices", "peaks", "target_peaks", "flags", "prompt_seen", "bias_ids", "allowed",
-             "end_ids", "ids"),
+             "end_ids", "ids", "best"),
     "*i16": ("counts",),
     "*u8": ("ancestors",),
     "*i64": ("top_k", "seeds", "choices", "positions", "levels", "token_ids", "drawn", "tokens",
              "children", "draft_rows", "columns", "leaf", "depth_of_leaf", "slots", "node_of",
-             "min_length", "path", "chosen", "how_many"),
+             "min_length", "path", "chosen", "how_many", "page_table", "lengths"),
 }  # fmt: skip
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names} | {
     "k_chain": ("*bf16",) * 3, "v_chain": ("*bf16",) * 3,
     "k_strides": ("i32",) * 3, "v_strides": ("i32",) * 3,
+}  # fmt: skip
+CHAIN_TYPES, TEXT_TYPES = {"out": "*bf16"}, {"tokens": "*i32", "out": "*i64"}
+OWN_TYPES = {
+    chain._chain: CHAIN_TYPES, chain._chain_backward: CHAIN_TYPES,
+    retrieval._match_kernel: TEXT_TYPES, retrieval._follow_kernel: TEXT_TYPES,
 }  # fmt: skip
 ALIGNED = ("size", "vocab", "count", "q_stride", "k_strides", "v_strides", "cos_stride",
            "sin_stride")  # fmt: skip
@@ -103,6 +109,8 @@ VARIANTS = [
     (sampling._draw_chunk_kernel, 4, {**DRAW, "token_ids": None, "levels": None, "floor": None}),
     (sampling._draw_chunk_kernel, 4, {**DRAW, "seeds": None, "token_ids": None, "nodes": 1}),
     (sampling._draw_merge_kernel, 4, {"COUNT": 4, "PADDED": 256}),
+    (retrieval._match_kernel, 8, {"LONGEST": 3, "SHORTEST": 2, "CHUNK": retrieval.CHUNK}),
+    (retrieval._follow_kernel, 1, {"CHUNKS": 2, "COUNT": 4}),
     (multi_round._statistics_kernel, 16, {"BLOCK": sampling.ROW_BLOCK}),
     (multi_round._walk_kernel, 16, WALK),
     (multi_round._walk_kernel, 16, {**WALK, "columns": None, "draft_floor": None, "nodes": 1}),
@@ -123,7 +131,7 @@ def usage(cubin: bytes) -> str:
 
 
 for kernel, warps, constants in VARIANTS:
-    types = TYPE_OF | ({"out": "*bf16"} if kernel.fn.__module__ in HALF else {})
+    types = TYPE_OF | OWN_TYPES.get(kernel, {}) | ({"out": "*bf16"} if kernel.fn.__module__ in HALF else {})
     if kernel is regression._regression:
         out = "*fp32" if "grad" in constants else "*bf16"
         types = types | {"grad": "*fp32", "out": out, "steps": "i32"}

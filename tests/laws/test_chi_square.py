@@ -7,11 +7,13 @@ the same measurement has to reject each.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy import stats
 
-from aquiline.core.params import SamplingParams
+from aquiline.core.params import MATCHING_RULES, SamplingParams
 from aquiline.evaluation.losslessness import (
     MarkovPair,
     chi_square,
@@ -74,6 +76,37 @@ def test_emits_the_target_distribution(rule, tree, params):
     fit = measure_fit(pair, shape, RULES[rule], PARAMS[params], rows)
     assert fit.rounds >= (200_000 if rows > 100_000 else rows)
     assert fit.tokens_per_round > 1.3, "too few drafts were accepted to test anything"
+    assert min(fit.first_token, fit.joint) > ACCEPT, fit
+
+
+RETRIEVING = {
+    "chain": TreeShape.chain(2).retrieving(3),
+    "bushy": TreeShape.of([[0], [1], [0, 0], [1, 0]]).retrieving(2),
+}
+
+
+def _retrieving(pair, shape, seed=5):
+    """What the text may say next, of some likelihood: a guess of its own, the draft's or wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, found = torch.arange(VOCAB), []
+    for _ in range(shape.retrieved):
+        ranks = torch.randint(3, (VOCAB, 1), generator=generator)
+        tokens = pair.target[tokens].argsort(dim=-1, descending=True).gather(1, ranks).squeeze(1)
+        found.append(tokens)
+    return replace(pair, retrieved=torch.stack(found, dim=1))
+
+
+@pytest.mark.parametrize("rule", MATCHING_RULES)
+@pytest.mark.parametrize("tree", RETRIEVING)
+@pytest.mark.parametrize("params", ["plain", "all", "reduced-vocabulary"])
+def test_retrieved_nodes_leave_the_distribution(rule, tree, params):
+    """With children drafted beside them that may say the same, and on retrieved nodes alone."""
+    shape, base = RETRIEVING[tree], REDUCED_PAIR if params == "reduced-vocabulary" else PAIR
+    pair = _retrieving(base, shape)
+    fit = measure_fit(pair, shape, RULES[rule], PARAMS[params], 150_000)
+    drafted = measure_fit(base, shape.retrieving(0), RULES[rule], PARAMS[params], 20_000)
+    assert fit.rounds >= 200_000
+    assert fit.tokens_per_round > drafted.tokens_per_round + 0.02, "nothing retrieved was accepted"
     assert min(fit.first_token, fit.joint) > ACCEPT, fit
 
 
@@ -201,6 +234,38 @@ def test_rejects_a_child_followed_without_a_match(monkeypatch):
 
     monkeypatch.setattr(coupled, "accept", plant)
     fit = _fit_of_plant(coupled.Coupled)
+    _assert_rejected(fit)
+
+
+def test_rejects_a_retrieved_child_that_is_trusted(monkeypatch):
+    """The text said it before, after the same tokens; that does not make it what is drawn now."""
+    real, shape = coupled.accept, RETRIEVING["bushy"]
+
+    def plant(tree, tokens, drawn):
+        drawn = drawn.clone()
+        seen_before = tokens[:, 0] % 4 == 0  # the plant need not be everywhere
+        drawn[:, 0] = torch.where(seen_before, tokens[:, shape.drafted_size], drawn[:, 0])
+        return real(tree, tokens, drawn)
+
+    monkeypatch.setattr(coupled, "accept", plant)
+    _assert_rejected(
+        measure_fit(_retrieving(PAIR, shape), shape, coupled.Coupled, PARAMS["plain"], 60_000)
+    )
+
+
+def test_rejects_a_retrieved_node_judged_by_the_noise_of_another_depth(monkeypatch):
+    """The chain is numbered behind the tree; its noise is still that of its own depths."""
+    shape = RETRIEVING["bushy"]
+    real = coupled.draw
+
+    def plant(logits, sampling, noise, levels):
+        shifted = levels.clone()
+        shifted[shape.drafted_size] = 0
+        return real(logits, sampling, noise, shifted)
+
+    monkeypatch.setattr(coupled, "draw", plant)
+    fit = measure_fit(_retrieving(PAIR, shape), shape, coupled.Coupled, PARAMS["plain"], 60_000)
+    assert fit.first_token > ACCEPT, "the first token cannot tell: the joint law has to"
     _assert_rejected(fit)
 
 

@@ -15,6 +15,7 @@ import torch
 from aquiline.attention.packed import PackedAttention
 from aquiline.core.params import SamplingParams
 from aquiline.decoding import round as round_module
+from aquiline.decoding.models import DecoderModels
 from aquiline.kernels import cpu, ops, reference
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw_top, position_noise
@@ -40,6 +41,8 @@ TREES = {
     "bushy": TreeShape.of([[0], [1], [2], [0, 0], [0, 1], [1, 0]]),
     "lopsided": TreeShape.of([[0], [1], [1, 0], [1, 1], [1, 1, 0]]),
     "eagle-25": TreeShape.named("eagle-25"),
+    "chain-2, retrieving": TreeShape.chain(2).retrieving(4),
+    "bushy, retrieving": TreeShape.of([[0], [1], [0, 0], [0, 1], [1, 0]]).retrieving(2),
 }
 REDUCED = torch.arange(1, VOCAB, 3)
 COUNT = 10
@@ -215,6 +218,20 @@ def test_a_ratio_of_1_accepts_a_draft_equal_to_its_target(rule):
     models, params = memoryless_models(), [SamplingParams()] * 3
     decoded = decode(models, _prompts([3, 4, 6]), COUNT, TREES["chain-3"], params, [1, 2, 3], rule)
     assert _accepted(decoded) == {3}
+
+
+@pytest.mark.parametrize("rule", ["coupled", "target-only", "independent"])
+def test_a_text_that_repeats_itself_is_retrieved(rule):
+    """The target recites a cycle; the draft knows nothing, so what is accepted was looked up."""
+    shape, models = TreeShape.chain(1).retrieving(4), memoryless_models()
+    ignorant = tiny_models(seed=70).drafter
+    models = DecoderModels(models.target, ignorant)
+    prompts, count = _prompts([3, 6], seed=7), 60
+    expected = _oracle(models, prompts, [GREEDY] * 2, [1, 2], count)
+    decoded = decode(models, prompts, count, shape, [GREEDY] * 2, [1, 2], rule)
+    assert decoded.texts == expected
+    for rounds in decoded.accepted:
+        assert rounds[-3:] == [4, 4, 4], "a cycle that was seen once is foreseen from then on"
 
 
 def _accepted(decoded: Decoded) -> set[int]:

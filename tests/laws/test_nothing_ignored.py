@@ -183,6 +183,11 @@ def test_every_speculation_field_counts(make: Make) -> None:
     assert speculate(tree=[[0], [1]]).speculation.drafted == 2 * chain.speculation.drafted
     worse = speculate("bad-draft", num_speculative_tokens=3)
     assert worse.speculation.rounds > longer.speculation.rounds
+    twice = {
+        "prompt_token_ids": (CYCLE * 2)[: len(CYCLE) + 3]
+    }  # the bad draft's text is read there
+    retrieved = make("clean", {**CHAIN, "retrieval": 4}, "bad-draft").generate(twice, params)[0]
+    assert retrieved.speculation.accepted_by_depth[3] > 0, "no drafted node is so deep"
     for config in (
         {"method": "eagle3"}, {"tree": "auto", "dispatch_table": "none.json"}, {"model": "nowhere"},
     ):  # fmt: skip
@@ -195,6 +200,7 @@ def test_every_speculation_field_counts(make: Make) -> None:
     }
     assert len(texts) == 2
     tried = {
-        "num_speculative_tokens", "tree", "model", "method", "dispatch_table", "verification"
+        "num_speculative_tokens", "tree", "model", "method", "dispatch_table", "verification",
+        "retrieval",
     }  # fmt: skip
     assert tried == {one.name for one in fields(SpeculationParams)}

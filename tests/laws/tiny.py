@@ -217,7 +217,7 @@ def decode(
     rows, longest = len(prompts), max(map(len, prompts))
     columns = -(-(longest + count + shape.depth + shape.size) // page_size)
     pool = 1 + 2 * rows * columns
-    planes = models.planes(pool, page_size)
+    planes = models.planes(pool, page_size, shape.retrieved > 0)
     for plane in (planes.target, planes.draft):
         if plane is not None:
             plane.data.fill_(GARBAGE)

@@ -119,3 +119,28 @@ def test_grow_gives_every_node_its_rank_of_its_parents_children(shape, seed):
             ranked = table[said[path[:-1]]].argsort(descending=True)
             said[path] = int(ranked[path[-1]]) + 100
         assert tokens[row].tolist() == [said[path] for path in ((), *shape.paths)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=trees(), nodes=st.integers(1, 6))
+def test_a_retrieved_chain_leaves_drafting_as_it_is(shape, nodes):
+    """Its nodes come last, one under the other and the first under the root."""
+    both, drafted = shape.retrieving(nodes), shape.tables(CPU)
+    tables, first = both.tables(CPU), shape.size
+    assert (both.size, both.depth) == (first + nodes, max(shape.depth, nodes))
+    assert (both.drafted_size, both.drafted_depth) == (shape.size, shape.depth)
+    assert both.parents == (*shape.parents, *[0, *range(first, first + nodes - 1)])
+    assert both.children[0] == (*shape.children[0], first)
+    assert both.is_chain == (shape.size == 1)
+    assert both.drafts_chain == shape.is_chain
+    for ours, theirs in zip(tables.levels, drafted.levels, strict=True):
+        for name, tensor in vars(ours).items():
+            if isinstance(tensor, torch.Tensor):
+                assert torch.equal(tensor, getattr(theirs, name))
+        assert (ours.fan_out, ours.whole) == (theirs.fan_out, theirs.whole)
+    assert torch.equal(tables.ancestors[:first, :first], drafted.ancestors)
+    chain = torch.ones(nodes, nodes, dtype=torch.bool).tril()
+    assert torch.equal(tables.ancestors[first:, first:], chain)
+    assert tables.ancestors[first:, :first].sum(dim=1).tolist() == [1] * nodes  # the root
+    assert tables.depths[first:].tolist() == list(range(1, nodes + 1))
+    assert tables.routes[-1].tolist()[: nodes + 1] == [0, *range(first, first + nodes)]

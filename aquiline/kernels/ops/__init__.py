@@ -46,6 +46,7 @@ from aquiline.kernels.ops.dense import (
     rotary_write,
     silu_mul,
 )
+from aquiline.kernels.ops.retrieval import ngram_match
 from aquiline.kernels.ops.sampling import (
     Followed,
     draw_top,
@@ -91,6 +92,7 @@ __all__ = [
     "merge_chain_backward",
     "move_kv",
     "multi_round_accept",
+    "ngram_match",
     "pack_weight",
     "pending_rows",
     "philox",

@@ -60,6 +60,23 @@ class OneTree:
         return 0
 
 
+@dataclass(frozen=True)
+class Retrieving:
+    """Another chooser's trees, each that drafts with ``nodes`` retrieved ones beside; they are
+    priced without them."""
+
+    chooser: TreeChooser
+    nodes: int
+
+    @property
+    def candidates(self) -> tuple[TreeShape, ...]:
+        trees = self.chooser.candidates
+        return tuple(tree.retrieving(self.nodes) if tree.paths else tree for tree in trees)
+
+    def choose(self, batch: int, kv_tokens: int, band: Band) -> int:
+        return self.chooser.choose(batch, kv_tokens, band)
+
+
 def tree_pool(paths: PathTable, rule: VerificationRule) -> tuple[TreeShape, ...]:
     """Plain decoding, the chain of 3, and the best trees of ``POOL_SIZES``, each once.
 

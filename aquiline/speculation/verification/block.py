@@ -38,7 +38,7 @@ class Block(MultiRound):
 
     def __init__(self, round_: RoundNoise) -> None:
         shape = round_.tree.shape
-        if shape.depth != shape.size - 1:
+        if not shape.is_chain:
             raise AquilineError(
                 "verification='block': it judges chains and this tree branches; give "
                 "num_speculative_tokens or tree='chain-N'"

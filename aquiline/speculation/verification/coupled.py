@@ -48,7 +48,8 @@ def accept(tree: TreeTables, tokens: Tensor, drawn: Tensor) -> Verdict:
     """Follow matching children from the root.
 
     Args:
-        tokens: [B, N] the token at each node (siblings differ).
+        tokens: [B, N] the token at each node; siblings differ, but a retrieved one may say what a
+            drafted one says: the deeper of the two paths counts.
         drawn: [B, N] the token drawn from the target after each node.
     """
     return Verdict(*ops.follow_matches(tokens, drawn, tree.parents, tree.ancestors, tree.routes))
