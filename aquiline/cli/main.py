@@ -7,7 +7,19 @@ import sys
 import typer
 from rich.console import Console
 
-from aquiline.cli import bench, chat, data, demo, doctor, evaluate, export, generate, train, tune
+from aquiline.cli import (
+    bench,
+    chat,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    serve,
+    train,
+    tune,
+)
 from aquiline.core.errors import AquilineError
 
 app = typer.Typer(
@@ -18,6 +30,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("data")(data.data)
 app.command("train")(train.train)

@@ -118,9 +118,15 @@ class AsyncLLM:
         """Choices that run or wait."""
         return sum(stream.params.n for stream in self._streams.values())
 
+    def require_ready(self) -> Ready:
+        """``ready``; raises EngineError while the engine is away."""
+        if self.ready is None:
+            raise EngineError("engine: it is starting; try again in some seconds")
+        return self.ready
+
     def default_sampling_params(self, **changes: Any) -> SamplingParams:
         """The checkpoint's sampling defaults with ``changes``; raises EngineError while away."""
-        return SamplingParams(**{**self._require_ready().sampling_defaults, **changes})
+        return SamplingParams(**{**self.require_ready().sampling_defaults, **changes})
 
     async def submit(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> Stream:
         """Queue a prompt.
@@ -129,7 +135,7 @@ class AsyncLLM:
             AquilineError: it cannot run; names the field and the remedy.
             EngineError: the engine is away, or its queue is full.
         """
-        self._require_ready()
+        self.require_ready()
         limit = self.config.max_num_seqs + self.max_waiting
         if self.in_flight >= limit:
             raise EngineError(f"requests: {limit} are in flight; try again later", busy=True)
@@ -162,11 +168,6 @@ class AsyncLLM:
             self._process.send(Abort(request_id))
 
     # ----------------------------------------------------------------------------- process and pipe
-
-    def _require_ready(self) -> Ready:
-        if self.ready is None:
-            raise EngineError("engine: it is starting; try again in some seconds")
-        return self.ready
 
     def _spawn(self) -> None:
         self._process = EngineProcess(self.config, self._take, self._died)

@@ -8,11 +8,11 @@ template, not the tokenizer, decides about BOS).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, meta
 from transformers import PreTrainedTokenizerFast
 
 from aquiline.core.errors import AquilineError, CheckpointError
@@ -72,7 +72,7 @@ class Tokenizer:
     @property
     def template_takes_tools(self) -> bool:
         """Whether the chat template writes the tools that it is given."""
-        return "tools" in meta.find_undeclared_variables(Environment().parse(self.chat_template))
+        return re.search(r"\btools\b", self.chat_template) is not None
 
     def render_chat(
         self,
