@@ -7,6 +7,7 @@ connections, waits for running requests, then ends the engine.
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import uvicorn
 
@@ -38,6 +39,8 @@ def run(llm: AsyncLLM, settings: Settings) -> None:
         access_log=False, timeout_graceful_shutdown=settings.shutdown_timeout, lifespan="on",
     )  # fmt: skip
     server = uvicorn.Server(config)
+    # uvicorn drains, then raises the signal again: it has been obeyed by then.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     server.run()
     if loading and loading[0].done() and not loading[0].cancelled():
         error = loading[0].exception()
