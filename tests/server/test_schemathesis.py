@@ -46,7 +46,7 @@ def run(server: Running, folder: Path, cases: int) -> str:
 
 def check(server: Running, folder: Path, cases: int) -> None:
     report = run(server, folder, cases)
-    print(server.metric("request_success_total"), report[-400:])
+    print(server.metric("request_success_total"))
     (generated,) = re.findall(r"(\d+) generated", report)
     assert int(generated) >= cases * 0.8, report
     assert server.metric("engine_restarts") == 0

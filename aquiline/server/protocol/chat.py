@@ -9,8 +9,9 @@ from pydantic import Field
 
 from aquiline.core.errors import AquilineError
 from aquiline.core.guided_params import StructuredOutput
+from aquiline.core.params import MAX_LOGPROBS
 from aquiline.server.protocol.body import ANY, Body
-from aquiline.server.protocol.sampling import COMMON_NO_OPS, SamplingFields
+from aquiline.server.protocol.sampling import COMMON_NO_OPS, SamplingFields, ranged
 
 
 class TextPart(Body):
@@ -132,7 +133,7 @@ class ChatRequest(SamplingFields):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = None
     logprobs: bool = False
-    top_logprobs: int | None = None
+    top_logprobs: int | None = ranged(None, 0, MAX_LOGPROBS)
     response_format: ResponseFormat | None = None
     tools: list[Tool] = []
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None

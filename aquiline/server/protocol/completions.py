@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from aquiline.core.errors import AquilineError
-from aquiline.server.protocol.sampling import COMMON_NO_OPS, SamplingFields
+from aquiline.core.params import MAX_LOGPROBS
+from aquiline.server.protocol.sampling import COMMON_NO_OPS, SamplingFields, ranged
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_PROMPTS = 256
@@ -16,7 +17,7 @@ class CompletionRequest(SamplingFields):
 
     no_ops = COMMON_NO_OPS
     prompt: str | list[int] | list[str] | list[list[int]]
-    logprobs: int | None = None
+    logprobs: int | None = ranged(None, 0, MAX_LOGPROBS)
     add_special_tokens: bool = True
 
     def prompts(self) -> list[str | list[int]]:

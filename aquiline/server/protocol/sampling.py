@@ -11,6 +11,7 @@ from pydantic import Field
 
 from aquiline.core.errors import AquilineError
 from aquiline.core.guided_params import StructuredOutput
+from aquiline.core.params import MAX_CHOICES, MAX_LOGPROBS, MAX_SEED, MAX_TEMPERATURE
 from aquiline.server.protocol.body import ANY, Body, NoOps
 
 COMMON_NO_OPS: NoOps = {
@@ -22,6 +23,11 @@ COMMON_NO_OPS: NoOps = {
     "continue_final_message": (False,), "detokenize": (True,),
 }  # fmt: skip
 _GUIDED = ("json", "regex", "choice", "grammar")
+
+
+def ranged(default: Any, low: float, high: float) -> Any:
+    """A field whose range the OpenAPI document tells; SamplingParams is the one to check it."""
+    return Field(default, json_schema_extra={"minimum": low, "maximum": high})
 
 
 class StreamOptions(Body):
@@ -48,23 +54,23 @@ class SamplingFields(Body):
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: int = 1
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
+    n: int = ranged(1, 1, MAX_CHOICES)
+    max_tokens: int | None = Field(None, json_schema_extra={"minimum": 1})
+    temperature: float | None = ranged(None, 0, MAX_TEMPERATURE)
+    top_p: float | None = ranged(None, 1e-9, 1)
+    seed: int | None = ranged(None, 0, MAX_SEED)
     stop: str | list[str] = []
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    presence_penalty: float = ranged(0.0, -2, 2)
+    frequency_penalty: float = ranged(0.0, -2, 2)
     logit_bias: dict[str, float] | None = None
     top_k: int | None = Field(None, description="0 or -1 keeps all.")
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    min_tokens: int = 0
+    min_p: float | None = ranged(None, 0, 1)
+    repetition_penalty: float = ranged(1.0, 0.01, 100)
+    min_tokens: int = Field(0, json_schema_extra={"minimum": 0})
     ignore_eos: bool = False
     stop_token_ids: list[int] = []
     skip_special_tokens: bool = True
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = ranged(None, 0, MAX_LOGPROBS)
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] = []
     structured_outputs: StructuredOutputs | None = None
