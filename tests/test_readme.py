@@ -26,7 +26,15 @@ def test_the_commands_exist_with_those_options() -> None:
     blocks = "".join(re.findall(r"```sh\n(.*?)```", README, re.S))
     lines = [shlex.split(line) for line in blocks.splitlines() if line.startswith("aquiline")]
     commands = get_command(app).commands  # type: ignore[attr-defined]
-    assert {line[1] for line in lines} == {"generate", "chat", "demo", "data", "train", "evaluate"}
+    assert {line[1] for line in lines} == {
+        "generate",
+        "chat",
+        "demo",
+        "data",
+        "train",
+        "evaluate",
+        "serve",
+    }
     for line in lines:
         known = {name for option in commands[line[1]].params for name in option.opts}
         assert {word for word in line[2:] if word.startswith("--")} <= known, line

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from aquiline.core.errors import AquilineError
+from aquiline.core.heap import settled_heap
 from aquiline.core.outputs import RequestOutput
 from aquiline.engine.config import EngineConfig
 from aquiline.engine.engine import Engine
@@ -119,7 +120,8 @@ def run_engine(connection: Connection, config: EngineConfig) -> None:
     vocab = loaded.models.target.config.vocab_size
     try:
         connection.send(Ready(engine.max_model_len, vocab, loaded.sampling_defaults))
-        EngineLoop(engine, connection).run()
+        with settled_heap():
+            EngineLoop(engine, connection).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
 

@@ -12,6 +12,7 @@ import signal
 import uvicorn
 
 from aquiline.core.errors import AquilineError
+from aquiline.core.heap import settled_heap
 from aquiline.engine.async_llm import AsyncLLM
 from aquiline.server import logs
 from aquiline.server.app import create_app
@@ -41,7 +42,8 @@ def run(llm: AsyncLLM, settings: Settings) -> None:
     server = uvicorn.Server(config)
     # uvicorn drains, then raises the signal again: it has been obeyed by then.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    server.run()
+    with settled_heap():
+        server.run()
     if loading and loading[0].done() and not loading[0].cancelled():
         error = loading[0].exception()
         if error is not None:
