@@ -17,6 +17,7 @@ from aquiline.server.tools.request import ToolUse
 from aquiline.text.tokenizer import load_tokenizer
 from tests.tiny_checkpoint import CHATML, write_tokenizer
 
+RECORDED = json.loads(Path(__file__).with_name("recorded_calls.json").read_text())["answers"]
 NAMES = ("get_weather", "add")
 # As Llama 3.1 (JSON alone) and Qwen2.5 (tags) are taught to write them.
 TEXTS = [
@@ -55,6 +56,16 @@ def test_calls_are_read_however_they_arrive(
     rest, found = reader.finish()
     assert told + rest == shown
     assert [(call.name, json.loads(call.arguments)) for call in found] == calls
+
+
+@pytest.mark.parametrize("answer", RECORDED)
+def test_calls_that_a_model_made(answer: dict[str, Any]) -> None:
+    """What SmolLM2 really said, a character at a time."""
+    reader = CallReader(FORMATS[answer["form"]], NAMES)
+    told = "".join(map(reader.feed, answer["text"]))
+    rest, calls = reader.finish()
+    assert [[call.name, json.loads(call.arguments)] for call in calls] == answer["calls"]
+    assert told + rest == ("" if calls else answer["text"])
 
 
 def test_text_streams_until_a_call_may_begin() -> None:
