@@ -59,7 +59,7 @@ class EngineProcess:
         self._process = spawn.Process(target=run_engine, args=(theirs, config), daemon=True)
         self._process.start()
         theirs.close()
-        self._on_report, self._on_exit = on_report, on_exit
+        self._on_report, self._on_exit, self._heard = on_report, on_exit, False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._connection.fileno(), self._read)
         # A thread, since a pipe is full while the engine is busy with a long step.
@@ -80,7 +80,8 @@ class EngineProcess:
     async def close(self) -> None:
         """End the process, whatever it is doing."""
         self._hang_up()
-        await asyncio.to_thread(self._process.join, CLOSE_SECONDS)
+        if self._heard:  # it hears too; one that loads does not
+            await asyncio.to_thread(self._process.join, CLOSE_SECONDS)
         if self._process.is_alive():
             self._process.kill()
             await asyncio.to_thread(self._process.join)
@@ -88,6 +89,7 @@ class EngineProcess:
     def _read(self) -> None:
         try:
             while self._connection.poll():
+                self._heard = True
                 self._on_report(self._connection.recv())
         except (EOFError, OSError):
             self._hang_up()

@@ -42,11 +42,14 @@ def run(llm: AsyncLLM, settings: Settings) -> None:
     server = uvicorn.Server(config)
     # uvicorn drains, then raises the signal again: it has been obeyed by then.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    with settled_heap():
-        server.run()
+    try:
+        with settled_heap():
+            server.run()
+    except SystemExit:  # uvicorn's way to say so
+        raise AquilineError(
+            f"port={settings.port}: {settings.host} cannot be listened on there; choose another"
+        ) from None
     if loading and loading[0].done() and not loading[0].cancelled():
         error = loading[0].exception()
         if error is not None:
             raise error
-    if not server.started:
-        raise AquilineError(f"port={settings.port}: it cannot be opened; choose another")

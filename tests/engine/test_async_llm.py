@@ -110,7 +110,7 @@ def test_goes_on_after_a_kill(options: dict[str, Any], alone: LLM) -> None:
     asked = prompts(6, seed=3)
     params = [
         SamplingParams(
-            max_tokens=400, temperature=1.5, seed=i or None, ignore_eos=True, n=1 + i % 2,
+            max_tokens=160, temperature=1.5, seed=i or None, ignore_eos=True, n=1 + i % 2,
             stop=("qqqq",), logprobs=1 if i > 3 else None, presence_penalty=0.1 * i,
         )
         for i in range(6)
@@ -125,7 +125,7 @@ def test_goes_on_after_a_kill(options: dict[str, Any], alone: LLM) -> None:
 
             async def read(stream: Any, kill: bool) -> RequestOutput:
                 async for output in stream:
-                    if kill and sum(len(one.token_ids) for one in output.outputs) > 100:
+                    if kill and sum(len(one.token_ids) for one in output.outputs) > 40:
                         kill = False
                         os.kill(llm.engine_pid or 0, signal.SIGKILL)
                 return output

@@ -84,6 +84,21 @@ def test_malformed_bodies_are_refused(server: Running) -> None:
 
 
 @pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user"}], [{"role": "user", "content": [{"type": "image_url"}]}], ["a"], [{}],
+        [{"role": "robot", "content": "a"}], [{"role": "assistant", "tool_calls": []}],
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1"}}]}],
+        [{"role": "user", "content": "a", "audio": {}}],
+    ],
+)  # fmt: skip
+def test_messages_that_make_no_sense(server: Running, messages: list[Any]) -> None:
+    answer = server.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith("messages")
+
+
+@pytest.mark.parametrize(
     "fields",
     [
         {"top_k": 10**30}, {"top_p": 1e-300}, {"temperature": 1e-300}, {"temperature": 1e6},

@@ -42,14 +42,16 @@ class Message(Body):
 
     no_ops = {"refusal": ANY, "annotations": ANY}
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] = ""
+    content: str | list[TextPart] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] = []
     tool_call_id: str | None = None
 
     def for_template(self) -> dict[str, Any]:
         """As chat templates take it: arguments as objects, text in one piece."""
-        content = self.content
+        if self.content is None and not self.tool_calls:
+            raise AquilineError("messages.content: it is missing; give a text")
+        content = self.content or ""
         if not isinstance(content, str):
             content = "\n".join(part.text for part in content)
         role = "system" if self.role == "developer" else self.role
