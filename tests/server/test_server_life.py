@@ -76,7 +76,7 @@ def test_streams_go_on_after_the_engine_is_killed(small: Running, alone: LLM) ->
             os.kill(small.engine_pid(), signal.SIGKILL)
 
         tasks = [
-            asyncio.create_task(stream_text(small, seed, 300, 40, kill if seed == 0 else None))
+            asyncio.create_task(stream_text(small, seed, 150, 40, kill if seed == 0 else None))
             for seed in range(4)
         ]
         async with httpx.AsyncClient() as http:
@@ -90,7 +90,7 @@ def test_streams_go_on_after_the_engine_is_killed(small: Running, alone: LLM) ->
         return await asyncio.gather(*tasks)
 
     texts = asyncio.run(test())
-    assert texts == [expected(alone, seed, 300) for seed in range(4)]
+    assert texts == [expected(alone, seed, 150) for seed in range(4)]
     assert small.get("/health").status_code == 200
     assert small.metric("engine_restarts") == restarts + 1
 
@@ -155,12 +155,12 @@ def test_sigterm_finishes_what_runs(small: Running, alone: LLM) -> None:
             small.process.send_signal(signal.SIGTERM)
 
         texts = asyncio.gather(
-            stream_text(small, 0, 300, 30, end), *(stream_text(small, i, 200) for i in (1, 2))
+            stream_text(small, 0, 150, 30, end), *(stream_text(small, i, 100) for i in (1, 2))
         )
         return list(await texts)
 
     texts = asyncio.run(test())
-    assert texts == [expected(alone, 0, 300), *(expected(alone, i, 200) for i in (1, 2))]
+    assert texts == [expected(alone, 0, 150), *(expected(alone, i, 100) for i in (1, 2))]
     assert small.process.wait(30) == 0
     with pytest.raises(httpx.ConnectError):
         small.get("/health")
