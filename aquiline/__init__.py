@@ -3,9 +3,10 @@
 from aquiline.core.errors import AquilineError
 from aquiline.core.outputs import CompletionOutput, Logprob, RequestOutput, SpeculationStats
 from aquiline.core.params import SamplingParams, SpeculationParams
+from aquiline.engine.async_llm import AsyncLLM
 from aquiline.engine.llm import LLM
 
 __all__ = [
-    "LLM", "AquilineError", "CompletionOutput", "Logprob", "RequestOutput", "SamplingParams",
-    "SpeculationParams", "SpeculationStats",
+    "LLM", "AquilineError", "AsyncLLM", "CompletionOutput", "Logprob", "RequestOutput",
+    "SamplingParams", "SpeculationParams", "SpeculationStats",
 ]  # fmt: skip

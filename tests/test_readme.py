@@ -27,7 +27,7 @@ def test_the_commands_exist_with_those_options() -> None:
     lines = [shlex.split(line) for line in blocks.splitlines() if line.startswith("aquiline")]
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert {line[1] for line in lines} == {
-        "generate", "chat", "demo", "data", "train", "evaluate", "bench", "report"
+        "generate", "chat", "demo", "data", "train", "evaluate", "bench", "report", "serve"
     }  # fmt: skip
     for line in lines:
         command = commands[line[1]]

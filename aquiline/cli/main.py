@@ -18,6 +18,7 @@ from aquiline.cli import (
     export,
     generate,
     report,
+    serve,
     train,
     tune,
 )
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("demo")(demo.demo)
 app.command("data")(data.data)
 app.command("train")(train.train)

@@ -87,6 +87,28 @@ class SpeculationStats:
 
 
 @dataclass(frozen=True)
+class Delta:
+    """What one step added to one choice.
+
+    Attributes:
+        index: which of the request's ``n``.
+        text: final text; some of the tokens' own may be held back.
+        depths: one a token, see SpeculationStats.
+        finish_reason: why the choice ended with this step; None while it goes on.
+        counts: the choice's statistics so far, without ``depths``.
+        logprobs: one mapping a token, if asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    depths: tuple[int, ...]
+    finish_reason: FinishReason | None
+    counts: SpeculationStats
+    logprobs: tuple[Logprobs, ...] | None = None
+
+
+@dataclass(frozen=True)
 class RequestOutput:
     """The state of one request after a step; the last one has ``finished`` set.
 
@@ -94,13 +116,13 @@ class RequestOutput:
     show the state after this step even then.
 
     Attributes:
-        text_deltas: what this step added to the text of each choice.
+        deltas: what this step added, one for each choice that it advanced.
     """
 
     request_id: int
     prompt_token_ids: tuple[int, ...]
     finished: bool
-    text_deltas: tuple[str, ...]
+    deltas: tuple[Delta, ...]
     completions: Callable[[], tuple[CompletionOutput, ...]] = field(repr=False)
     statistics: Callable[[], SpeculationStats] = field(repr=False)
     prompt: Callable[[], PromptLogprobs | None] = field(repr=False)
@@ -108,7 +130,7 @@ class RequestOutput:
     @property
     def text_delta(self) -> str:
         """What this step added to the text of the first choice."""
-        return self.text_deltas[0]
+        return "".join(delta.text for delta in self.deltas if delta.index == 0)
 
     @cached_property
     def outputs(self) -> tuple[CompletionOutput, ...]:

@@ -23,6 +23,7 @@ MAX_CHAIN = 64  # draft tokens of a chain
 MAX_LOGPROBS = 20  # alternatives shown beside a token
 MAX_BIASED = 1024  # entries of logit_bias
 MAX_CHOICES = 128
+MAX_TEMPERATURE = 1e6
 MAX_SHOWN = 200  # characters of a refused value
 AUTO_TREE = "auto"
 
@@ -146,7 +147,8 @@ class SamplingParams:
             "max_tokens": (limit is None or _integer(limit, 1, infinity), "give at least 1"),
             "min_tokens": (_integer(self.min_tokens, 0, infinity), "give 0 or a count"),
             "temperature": (
-                0 <= _number(self.temperature) < infinity, "give 0 (greedy) or a positive number"
+                0 <= _number(self.temperature) <= MAX_TEMPERATURE,
+                f"give 0 (greedy) or a positive number up to {MAX_TEMPERATURE:g}",
             ),
             "top_k": (_integer(self.top_k, 0, infinity), "give 0 (all tokens) or a count"),
             "top_p": (0 < _number(self.top_p) <= 1, "give a number in (0, 1]"),

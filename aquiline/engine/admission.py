@@ -35,7 +35,8 @@ def admit(params: SamplingParams, tokenizer: Tokenizer, vocab: int, room: int) -
     banned = list(params.banned_token_ids)
     for word in params.bad_words:
         banned += _spellings(word, tokenizer, banned)
-    params = replace(params, banned_token_ids=tuple(banned), bad_words=())
+    top_k = params.top_k if params.top_k < vocab else 0  # all of them
+    params = replace(params, banned_token_ids=tuple(banned), bad_words=(), top_k=top_k)
     ends = end_tokens(params, tokenizer) if params.min_tokens else frozenset()
     if len(ends) > MAX_ENDS:
         raise AquilineError(

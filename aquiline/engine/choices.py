@@ -26,8 +26,8 @@ class Choices:
         return all(sequence.finish_reason is not None for sequence in self.sequences)
 
     def output_now(self, deltas: Mapping[int, str]) -> RequestOutput:
-        """The request's state as the user sees it; ``deltas`` by index. Made when looked at, so
-        that a step costs nothing that grows with the text."""
+        """The request's state as the user sees it; ``deltas`` are new texts by index. Made when
+        looked at, so that a step costs nothing that grows with the text."""
         completions = [sequence.completion_now() for sequence in self.sequences]
         statistics = [sequence.statistics_now() for sequence in self.sequences]
         scores, tokenizer = self.prompt, self.tokenizer
@@ -39,7 +39,7 @@ class Choices:
             self.request.id,
             self.request.prompt_token_ids,
             self.finished,
-            tuple(deltas.get(index, "") for index in range(len(self.sequences))),
+            tuple(self.sequences[index].news(text) for index, text in deltas.items()),
             lambda: tuple(completion() for completion in completions),
             lambda: SpeculationStats.sum(statistic() for statistic in statistics),
             prompt,

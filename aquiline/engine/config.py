@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from aquiline.core.errors import AquilineError
 from aquiline.core.params import SpeculationParams
@@ -56,6 +57,23 @@ class EngineConfig:
             raise AquilineError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization}: give a number in (0, 1]"
             )
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        dtype: DtypeName,
+        speculative_config: Mapping[str, Any] | None,
+        options: Mapping[str, Any],
+    ) -> EngineConfig:
+        """From what users of vLLM pass; an unknown option is refused by name."""
+        speculation = None
+        if speculative_config is not None:
+            speculation = SpeculationParams.from_config(speculative_config)
+        try:
+            return cls(model, dtype, speculation=speculation, **options)
+        except TypeError as error:
+            raise AquilineError(f"LLM: {error}; see EngineConfig for the options") from None
 
     def pages(self, max_model_len: int, room: int, tokens: int | None = None) -> int:
         """Pages of the cache, the dustbin included.

@@ -16,7 +16,7 @@ from aquiline.engine.config import EngineConfig
 from aquiline.engine.loader import LoadedModel
 from aquiline.engine.runner import Runner
 from aquiline.engine.scheduler import Scheduler
-from aquiline.engine.sequence import Sequence, StepTokens
+from aquiline.engine.sequence import Said, Sequence, StepTokens
 from aquiline.engine.ticket import Ticket
 from aquiline.kvcache.pages import PageAllocator
 from aquiline.kvcache.table import PageTable
@@ -69,8 +69,14 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
-    def add_request(self, prompt_token_ids: Tokens[int], params: SamplingParams) -> int:
-        """Queue a prompt and return its id; raises AquilineError on what cannot run."""
+    def add_request(
+        self, prompt_token_ids: Tokens[int], params: SamplingParams, said: Tokens[Said] = ()
+    ) -> int:
+        """Queue a prompt and return its id; raises AquilineError on what cannot run.
+
+        ``said`` is what each choice has said already, in an engine that is gone: under the coupled
+        rule, for the same seed, the text goes on as it would have there.
+        """
         count, limit = len(prompt_token_ids), self.max_model_len
         vocab = self.runner.models.target.config.vocab_size
         if count == 0:
@@ -99,6 +105,8 @@ class Engine:
             )
             for index in range(params.n)
         )
+        for sequence, one in zip(sequences, said, strict=False):
+            sequence.resume(one)
         self.scheduler.add(Choices(request, sequences, self.tokenizer))
         return request.id
 

@@ -8,7 +8,7 @@ from typing import Any
 from aquiline.core.errors import AquilineError
 from aquiline.core.heap import settled_heap
 from aquiline.core.outputs import RequestOutput
-from aquiline.core.params import SamplingParams, SpeculationParams
+from aquiline.core.params import SamplingParams
 from aquiline.engine.config import DtypeName, EngineConfig
 from aquiline.engine.engine import Engine
 from aquiline.engine.loader import load
@@ -36,13 +36,7 @@ class LLM:
         speculative_config: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        speculation = None
-        if speculative_config is not None:
-            speculation = SpeculationParams.from_config(speculative_config)
-        try:
-            config = EngineConfig(model, dtype, speculation=speculation, **options)
-        except TypeError as error:
-            raise AquilineError(f"LLM: {error}; see EngineConfig for the options") from None
+        config = EngineConfig.of(model, dtype, speculative_config, options)
         loaded = load(config)
         self.engine = Engine(config, loaded)
         self.tokenizer = loaded.tokenizer

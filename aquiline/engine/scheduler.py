@@ -54,7 +54,7 @@ class Scheduler:
 
     def add(self, choices: Choices) -> None:
         self._choices[choices.request.id] = choices
-        self.waiting.extend(choices.sequences)
+        self.waiting.extend(one for one in choices.sequences if one.finish_reason is None)
 
     def schedule(self) -> Batch:
         """Admit what fits; else reserve room for a round of everything that runs."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from aquiline.core.outputs import CompletionOutput, FinishReason, SpeculationStats
+from aquiline.core.outputs import CompletionOutput, Delta, FinishReason, SpeculationStats
 from aquiline.core.request import Request
 from aquiline.engine.scores import TokenScores, shown
 from aquiline.kvcache.table import PageTable
@@ -28,6 +28,20 @@ class StepTokens:
     depths: tuple[int, ...]
     scores: tuple[TokenScores, ...] = ()
     prompt: tuple[TokenScores, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a choice has said in an engine that is gone, for another one to go on with.
+
+    Attributes:
+        characters: length of the text that was shown.
+        finished: it ended there.
+    """
+
+    token_ids: tuple[int, ...] = ()
+    characters: int = 0
+    finished: bool = False
 
 
 class Sequence:
@@ -54,6 +68,8 @@ class Sequence:
         self.depths: list[int] = []
         self.scores: list[TokenScores] = []  # one a token, if asked for
         self.finish_reason: FinishReason | None = None
+        self._told = 0  # tokens of the output that news() has told
+        self._carried, self._repeated = "", 0  # text not told yet; characters told elsewhere
         self.rounds = self.emitted = self.drafted = 0
         self.accepted_by_depth: list[int] = []
 
@@ -125,6 +141,37 @@ class Sequence:
             self.finish_reason = "length"
         return delta if self.finish_reason is None else delta + self.detokenizer.finish()
 
+    def resume(self, said: Said) -> None:
+        """Go on after ``said``, as after a preemption; news begin where it ends."""
+        self.output = list(said.token_ids)
+        self._told = len(self.output)
+        if said.finished:
+            self.finish_reason = "abort"  # whatever it was, it has been told
+        self._carried = self.detokenizer.append(self.output)
+        self._repeated = said.characters
+
+    def news(self, text: str) -> Delta:
+        """What was added since the last call; ``text`` is the new text."""
+        text, self._carried = self._carried + text, ""
+        repeated = min(len(text), self._repeated)
+        self._repeated -= repeated
+        start, self._told = self._told, len(self.output)
+        fresh = self._told - start
+        logprobs = None
+        if self.request.params.logprobs is not None:
+            logprobs = shown(self.scores[len(self.scores) - fresh :], self.detokenizer.tokenizer)
+        return Delta(
+            self.index, text[repeated:], tuple(self.output[start:]),
+            tuple(self.depths[len(self.depths) - fresh :]), self.finish_reason,
+            self.counts(), logprobs,
+        )  # fmt: skip
+
+    def counts(self) -> SpeculationStats:
+        """The statistics so far, without the depths."""
+        return SpeculationStats(
+            self.rounds, self.emitted, self.drafted, tuple(self.accepted_by_depth)
+        )
+
     def completion_now(self) -> Callable[[], CompletionOutput]:
         """What makes the text as it is now."""
         count, parts, reason = len(self.output), self.detokenizer.num_parts, self.finish_reason
@@ -142,6 +189,5 @@ class Sequence:
 
     def statistics_now(self) -> Callable[[], SpeculationStats]:
         """What makes the statistics as they are now."""
-        counts = self.rounds, self.emitted, self.drafted, tuple(self.accepted_by_depth)
-        count = len(self.output)
-        return lambda: SpeculationStats(*counts, tuple(self.depths[:count]))
+        counts, count = self.counts(), len(self.depths)
+        return lambda: replace(counts, depths=tuple(self.depths[:count]))

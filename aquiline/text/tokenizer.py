@@ -8,11 +8,11 @@ template, not the tokenizer, decides about BOS).
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from aquiline.core.errors import AquilineError, CheckpointError
@@ -63,8 +63,27 @@ class Tokenizer:
         """The bytes of every token; none for those that ``special_token_ids`` names."""
         return token_bytes(self._backend, self.vocab_size)
 
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+    @property
+    def chat_template(self) -> str:
+        """The template's source; empty if the checkpoint has none."""
+        template = self._fast.chat_template
+        return template if isinstance(template, str) else ""
+
+    @property
+    def template_takes_tools(self) -> bool:
+        """Whether the chat template writes the tools that it is given."""
+        return re.search(r"\btools\b", self.chat_template) is not None
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Message] | None = None,
+    ) -> str:
         """The conversation as the text the model was trained on.
+
+        ``tools`` are in OpenAI's form; a template that does not take them ignores them. An
+        assistant's message with ``tool_calls`` may have no content.
 
         Raises:
             AquilineError: no template, a message without a known role or without text, or a
@@ -80,16 +99,21 @@ class Tokenizer:
                 [dict(message) for message in messages],
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                tools=tools,
             )
-        except TemplateError as error:
-            raise AquilineError(f"messages: refused by the chat template: {error}") from None
+        except Exception as error:  # a template is a program of somebody else's
+            reason = str(error) or type(error).__name__
+            raise AquilineError(f"messages: refused by the chat template: {reason}") from None
         return text
 
     def encode_chat(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Message] | None = None,
     ) -> list[int]:
         """Token ids of ``render_chat``, with no special token that the template did not write."""
-        return self.encode(self.render_chat(messages, add_generation_prompt), False)
+        return self.encode(self.render_chat(messages, add_generation_prompt, tools), False)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -134,7 +158,7 @@ def _validate(messages: Sequence[Message]) -> None:
         role = message.get("role")
         if role not in ROLES:
             raise AquilineError(f"messages[{index}].role={role!r}: give one of {ROLES}")
-        if not isinstance(message.get("content"), str):
+        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise AquilineError(
                 f"messages[{index}].content={message.get('content')!r}: give a string"
             )

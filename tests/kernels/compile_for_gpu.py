@@ -48,11 +48,8 @@ TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names} | {
     "k_chain": ("*bf16",) * 3, "v_chain": ("*bf16",) * 3,
     "k_strides": ("i32",) * 3, "v_strides": ("i32",) * 3,
 }  # fmt: skip
-CHAIN_TYPES, TEXT_TYPES = {"out": "*bf16"}, {"tokens": "*i32", "out": "*i64"}
-OWN_TYPES = {
-    chain._chain: CHAIN_TYPES, chain._chain_backward: CHAIN_TYPES,
-    retrieval._match_kernel: TEXT_TYPES, retrieval._follow_kernel: TEXT_TYPES,
-}  # fmt: skip
+TEXT_TYPES = {"tokens": "*i32", "out": "*i64"}
+OWN_TYPES = {retrieval._match_kernel: TEXT_TYPES, retrieval._follow_kernel: TEXT_TYPES}
 ALIGNED = ("size", "vocab", "count", "q_stride", "k_strides", "v_strides", "cos_stride",
            "sin_stride")  # fmt: skip
 FLOOR = {"BLOCK": sampling.ROW_BLOCK, "HELD": sampling.HELD}
@@ -131,7 +128,8 @@ def usage(cubin: bytes) -> str:
 
 
 for kernel, warps, constants in VARIANTS:
-    types = TYPE_OF | OWN_TYPES.get(kernel, {}) | ({"out": "*bf16"} if kernel.fn.__module__ in HALF else {})
+    half = {"out": "*bf16"} if kernel.fn.__module__ in HALF else {}
+    types = TYPE_OF | half | OWN_TYPES.get(kernel, {})
     if kernel is regression._regression:
         out = "*fp32" if "grad" in constants else "*bf16"
         types = types | {"grad": "*fp32", "out": out, "steps": "i32"}

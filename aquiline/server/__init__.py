@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over AsyncLLM: protocol, routes, tools, metrics."""

@@ -1,0 +1,1 @@
+"""Tools: how models are told of functions, and how they call them."""
