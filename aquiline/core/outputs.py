@@ -95,6 +95,7 @@ class RequestOutput:
 
     Attributes:
         text_deltas: what this step added to the text of each choice.
+        num_cached_tokens: tokens of the prompt that the prefix cache had for the first choice.
     """
 
     request_id: int
@@ -104,6 +105,7 @@ class RequestOutput:
     completions: Callable[[], tuple[CompletionOutput, ...]] = field(repr=False)
     statistics: Callable[[], SpeculationStats] = field(repr=False)
     prompt: Callable[[], PromptLogprobs | None] = field(repr=False)
+    num_cached_tokens: int = 0
 
     @property
     def text_delta(self) -> str:

@@ -37,6 +37,12 @@ class Planes:
     target: KVPlane
     draft: KVPlane | None
 
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy what a page holds of both models."""
+        for plane in (self.target, self.draft):
+            if plane is not None:
+                plane.copy_page(source, target)
+
 
 @dataclass(frozen=True)
 class DecoderModels:

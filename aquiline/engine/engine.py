@@ -19,6 +19,7 @@ from aquiline.engine.scheduler import Scheduler
 from aquiline.engine.sequence import Sequence, StepTokens
 from aquiline.engine.ticket import Ticket
 from aquiline.kvcache.pages import PageAllocator
+from aquiline.kvcache.prefix import PrefixCache
 from aquiline.kvcache.table import PageTable
 from aquiline.speculation.verification.rules import RULES
 from aquiline.text.detokenizer import Detokenizer
@@ -39,7 +40,8 @@ class Engine:
         self.allocator = PageAllocator(pages)
         planes = loaded.models.planes(pages, page_size)
         rule = "coupled" if config.speculation is None else config.speculation.verification
-        self.scheduler = Scheduler(config.max_num_seqs, chooser, loaded.prefill_tokens)
+        cache = PrefixCache(self.allocator, page_size) if config.enable_prefix_caching else None
+        self.scheduler = Scheduler(config.max_num_seqs, chooser, loaded.prefill_budget, cache)
         columns = -(-(self.max_model_len + loaded.room) // page_size)
         self.runner = Runner(
             loaded.models, planes, chooser.candidates, RULES[rule], config.max_num_seqs, columns
