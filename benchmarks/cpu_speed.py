@@ -26,6 +26,8 @@ from aquiline.kernels import ops
 from aquiline.layers.linear import ColumnParallelLinear, RowParallelLinear
 from benchmarks.common import stamp, write_result
 
+ANEW = {"enable_prefix_caching": False}  # a prefill is timed by running it twice
+
 
 def weight_read_ms(llm: LLM, rows: int) -> float:
     """Median milliseconds for every linear layer of the target once, on ``rows`` rows."""
@@ -85,8 +87,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     config = speculative_config(BUILT_IN, options.draft, options.tree, "coupled")
-    plain = LLM(BUILT_IN, options.dtype, None, max_num_seqs=1, device="cpu")
-    fast = LLM(BUILT_IN, options.dtype, config, max_num_seqs=1, device="cpu")
+    plain = LLM(BUILT_IN, options.dtype, None, max_num_seqs=1, device="cpu", **ANEW)
+    fast = LLM(BUILT_IN, options.dtype, config, max_num_seqs=1, device="cpu", **ANEW)
     peer = transformers_model(plain, getattr(torch, options.dtype))
     params = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
     limit = {rows: round(weight_read_ms(plain, rows), 2) for rows in (1, 4, 8, 16)}

@@ -273,7 +273,7 @@ class Engines:
             o = self.options
             self.loaded[tree] = LLM(
                 BUILT_IN, o.dtype, config, device=o.device, max_num_seqs=max(o.engine_batches),
-                max_model_len=2048, kv_cache_tokens=o.kv_tokens,
+                max_model_len=2048, kv_cache_tokens=o.kv_tokens, enable_prefix_caching=False,
             )  # fmt: skip
         return self.loaded[tree]
 

@@ -78,6 +78,7 @@ class Models:
             self.loaded[tree] = LLM(
                 BUILT_IN, o.dtype, config, device=o.device, max_num_seqs=max(o.batches),
                 kv_cache_tokens=o.kv_tokens, max_model_len=o.max_model_len,
+                enable_prefix_caching=False,
             )  # fmt: skip
         return self.loaded[tree]
 

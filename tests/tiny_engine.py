@@ -120,9 +120,11 @@ def said(output: RequestOutput) -> tuple[tuple[int, ...], str, str | None]:
 
 
 def assert_idle(llm: LLM) -> None:
-    """Every page and every row is free again."""
-    allocator = llm.engine.allocator
+    """Every page and every row is free again, what the prefix cache keeps included."""
+    allocator, cache = llm.engine.allocator, llm.engine.scheduler.cache
     allocator.check_integrity([])
+    if cache is not None:
+        cache.check_integrity()
     assert allocator.free_count == allocator.count - 1
     assert not llm.engine.has_work
     assert len(llm.engine.scheduler._rows) == llm.engine.config.max_num_seqs

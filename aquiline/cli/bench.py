@@ -59,7 +59,10 @@ def latency(
         if name != "none" and speculation is None:
             console.print("no draft for this model: give --draft to compare")
             continue
-        llm = LLM(model, dtype, speculation, max_num_seqs=sizes[-1])  # type: ignore[arg-type]
+        llm = LLM(
+            model, dtype, speculation, max_num_seqs=sizes[-1],  # type: ignore[arg-type]
+            enable_prefix_caching=False,
+        )  # fmt: skip
         asked = [llm.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
         if max(map(len, asked)) + max_tokens > llm.engine.max_model_len:
             raise AquilineError(

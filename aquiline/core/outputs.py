@@ -117,6 +117,7 @@ class RequestOutput:
 
     Attributes:
         deltas: what this step added, one for each choice that it advanced.
+        num_cached_tokens: tokens of the prompt that the prefix cache had for the first choice.
     """
 
     request_id: int
@@ -126,6 +127,7 @@ class RequestOutput:
     completions: Callable[[], tuple[CompletionOutput, ...]] = field(repr=False)
     statistics: Callable[[], SpeculationStats] = field(repr=False)
     prompt: Callable[[], PromptLogprobs | None] = field(repr=False)
+    num_cached_tokens: int = 0
 
     @property
     def text_delta(self) -> str:

@@ -1,4 +1,5 @@
-"""Prefill: the prompt through target and draft, with one sampling step fused to its end."""
+"""Prefill: prompts through target and draft, whole or in stretches, from wherever the cache ends;
+the last stretch has one sampling step fused to its end."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.state import DecodeState
 from aquiline.kernels import ops
 from aquiline.kvcache.pool import KVPlane
+from aquiline.models.llama import TargetOutput
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.sampling.draw import draw, position_noise
 
@@ -20,7 +22,7 @@ from aquiline.sampling.draw import draw, position_noise
 class Prefilled:
     """The state for the first round, whose ``roots`` are the first tokens, and their
     log-probabilities [B, 1, ...], see ops.token_logprobs; None if nobody wants them. ``features``
-    [B, T, d] are the target's after every token of the prompts."""
+    [B, T, d] are the target's after every token that was run."""
 
     state: DecodeState
     logprobs: Tensor | None
@@ -35,49 +37,76 @@ def prefill(
     tokens: Tensor,
     counts: Tensor,
     sampling: SamplingBatch,
-    sources: Tensor | None = None,
+    start: Tensor | None = None,
 ) -> Prefilled:
-    """Run whole prompts and draw first tokens.
+    """Run prompts to their end and draw first tokens.
 
     Args:
-        page_table: [B, M] pages with room for the prompts.
+        page_table: [B, M] pages with room for the prompts; M of them hold any ``start`` + T.
         tokens: [B, T] prompt tokens, padded on the right; ``counts`` [B] are valid.
-        sources: [C] the prompt that each row of ``sampling`` continues; None: row by row.
+        start: [B] tokens in front of them that both caches hold; None: none.
     """
+    start = torch.zeros_like(counts) if start is None else start
+    # Pair (t_{i+1}, h_i) for every i below the last; that one waits for the drawn token. A
+    # shorter prompt's last row pairs with padding; the first round overwrites its slot.
+    output = _run(models, planes, page_table, tokens, tokens[:, 1:], counts, start)
+
+    def at_end(x: Tensor) -> Tensor:
+        return x.gather(1, (counts - 1)[:, None, None].expand(-1, 1, x.shape[-1]))
+
+    lengths = start + counts
+    logits = models.target.logits(at_end(output.features))
+    first, logprobs = _first_tokens(logits, sampling, lengths[:, None])
+    pending = at_end(models.draft_features(output))
+    state = DecodeState(lengths, first.squeeze(1), first, pending, torch.ones_like(lengths))
+    return Prefilled(state, logprobs, output.features)
+
+
+@torch.inference_mode()
+def prefill_chunk(
+    models: DecoderModels, planes: Planes, page_table: Tensor, tokens: Tensor, start: Tensor
+) -> Tensor:
+    """Run a stretch of each prompt that is not its last: of tokens [B, T + 1] the first T. The
+    draft pairs the last of them with the one behind it. The target's features [B, T, d]."""
+    count = tokens.shape[1] - 1
+    counts = torch.full_like(start, count)
+    pairs = tokens[:, 1:]
+    return _run(models, planes, page_table, tokens[:, :count], pairs, counts, start).features
+
+
+def _run(
+    models: DecoderModels,
+    planes: Planes,
+    page_table: Tensor,
+    tokens: Tensor,
+    pairs: Tensor,
+    counts: Tensor,
+    start: Tensor,
+) -> TargetOutput:
+    """The target over tokens [B, T], the draft over as many ``pairs`` [B, T or T - 1]: the tokens
+    behind them."""
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     valid = columns < counts[:, None]
-    positions = torch.where(valid, columns, 0)
-    start = torch.zeros_like(counts)
+    positions = torch.where(valid, start[:, None] + columns, 0)
 
     def attention(plane: KVPlane, rows: int) -> PagedAttention:
         slots = ops.slots_at(page_table, positions[:, :rows], plane.page_size)
         slots = torch.where(valid[:, :rows], slots, 0)
         return PagedAttention(plane, TreePlan(page_table, start, slots, rows))
 
-    def at_end(x: Tensor) -> Tensor:
-        last = x.gather(1, (counts - 1)[:, None, None].expand(-1, 1, x.shape[-1]))
-        return last if sources is None else last.index_select(0, sources)
-
     if planes.tokens is not None:
         slots = ops.slots_at(page_table, positions, planes.tokens.page_size)
         planes.tokens.write(torch.where(valid, slots, 0), tokens)
-    target_attention = attention(planes.target, len(columns))
-    output = models.target(tokens, positions, target_attention, models.taps)
-    features = models.draft_features(output)
-    lengths = counts if sources is None else counts.index_select(0, sources)
-    logits = models.target.logits(at_end(output.features))
-    first, logprobs = _first_tokens(logits, sampling, lengths[:, None])
-    drafter = models.drafter
-    if drafter is not None and planes.draft is not None and len(columns) > 1:
-        # Pair (t_{i+1}, h_i) for every i below the last; that one waits for the drawn token. A
-        # shorter prompt's last row pairs with padding; the first round overwrites its slot.
-        rows = len(columns) - 1
-        hidden = drafter.draft.fuse(features[:, :rows])
-        drafter.draft(drafter.embed(tokens[:, 1:]), hidden, positions[:, :rows],
-                      attention(planes.draft, rows))  # fmt: skip
-    ones = torch.ones_like(lengths)
-    state = DecodeState(lengths, first.squeeze(1), first, at_end(features), ones)
-    return Prefilled(state, logprobs, output.features)
+    output: TargetOutput = models.target(
+        tokens, positions, attention(planes.target, len(columns)), models.taps
+    )
+    drafter, rows = models.drafter, pairs.shape[1]
+    if drafter is not None and planes.draft is not None and rows:
+        hidden = drafter.draft.fuse(models.draft_features(output)[:, :rows])
+        drafter.draft(
+            drafter.embed(pairs), hidden, positions[:, :rows], attention(planes.draft, rows)
+        )
+    return output
 
 
 def _first_tokens(

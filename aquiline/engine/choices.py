@@ -43,4 +43,5 @@ class Choices:
             lambda: tuple(completion() for completion in completions),
             lambda: SpeculationStats.sum(statistic() for statistic in statistics),
             prompt,
+            self.sequences[0].cached or 0,
         )

@@ -5,13 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from aquiline.core.errors import AquilineError
 from aquiline.core.params import SpeculationParams
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
 DTYPES = get_args(DtypeName)
+
+
+class PrefillBudget(NamedTuple):
+    """Tokens of prompts, padding included, that a step runs at most: while nobody decodes, and in
+    turn with rounds, when everybody who decodes waits for it."""
+
+    alone: int
+    beside_rounds: int
+
+
+PREFILL_BUDGETS = {"cpu": PrefillBudget(512, 128), "cuda": PrefillBudget(16384, 512)}
 
 
 @dataclass(frozen=True)
@@ -25,6 +36,9 @@ class EngineConfig:
         max_model_len: tokens of prompt and text together; None takes the model's own limit.
         max_num_seqs: requests in a running batch at most.
         page_size: tokens a page of the KV cache.
+        max_num_batched_tokens: tokens of prompts that a step runs at most; None is 128 on the CPU
+            and 512 on CUDA while others decode, else 512 and 16384.
+        enable_prefix_caching: reuse the cache pages of a text that begins like an earlier one.
         kv_cache_tokens: size of the KV cache; None is one full context, or a fair batch's worth.
         gpu_memory_utilization: on CUDA, the share of the card that weights and cache may fill.
         speculation: None is plain decoding.
@@ -36,6 +50,8 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 16
     page_size: int = 128
+    max_num_batched_tokens: int | None = None
+    enable_prefix_caching: bool = True
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.8
     tensor_parallel_size: int = 1
@@ -44,7 +60,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise AquilineError(f"dtype={self.dtype!r}: one of {DTYPES}")
-        for name in ("max_model_len", "max_num_seqs", "page_size", "kv_cache_tokens"):
+        sizes = "max_model_len", "max_num_seqs", "page_size", "kv_cache_tokens"
+        for name in (*sizes, "max_num_batched_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise AquilineError(f"{name}={value}: give a positive number")
@@ -74,6 +91,11 @@ class EngineConfig:
             return cls(model, dtype, speculation=speculation, **options)
         except TypeError as error:
             raise AquilineError(f"LLM: {error}; see EngineConfig for the options") from None
+
+    def prefill_budget(self, device: str) -> PrefillBudget:
+        """What was asked for, or what suits a kind of device."""
+        limit = self.max_num_batched_tokens
+        return PREFILL_BUDGETS[device] if limit is None else PrefillBudget(limit, limit)
 
     def pages(self, max_model_len: int, room: int, tokens: int | None = None) -> int:
         """Pages of the cache, the dustbin included.

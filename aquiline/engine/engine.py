@@ -19,6 +19,7 @@ from aquiline.engine.scheduler import Scheduler
 from aquiline.engine.sequence import Said, Sequence, StepTokens
 from aquiline.engine.ticket import Ticket
 from aquiline.kvcache.pages import PageAllocator
+from aquiline.kvcache.prefix import PrefixCache
 from aquiline.kvcache.table import PageTable
 from aquiline.speculation.verification.rules import RULES
 from aquiline.text.detokenizer import Detokenizer
@@ -40,7 +41,8 @@ class Engine:
         retrieving = any(tree.retrieved for tree in chooser.candidates)
         planes = loaded.models.planes(pages, page_size, retrieving)
         rule = "coupled" if config.speculation is None else config.speculation.verification
-        self.scheduler = Scheduler(config.max_num_seqs, chooser, loaded.prefill_tokens)
+        cache = PrefixCache(self.allocator, page_size) if config.enable_prefix_caching else None
+        self.scheduler = Scheduler(config.max_num_seqs, chooser, loaded.prefill_budget, cache)
         columns = -(-(self.max_model_len + loaded.room) // page_size)
         self.runner = Runner(
             loaded.models, planes, chooser.candidates, RULES[rule], config.max_num_seqs, columns

@@ -10,7 +10,7 @@ import torch
 from aquiline.core.errors import AquilineError
 from aquiline.core.params import AUTO_TREE, SpeculationParams
 from aquiline.decoding.models import DecoderModels, Drafter
-from aquiline.engine.config import DTYPES, EngineConfig
+from aquiline.engine.config import DTYPES, PREFILL_BUDGETS, EngineConfig, PrefillBudget
 from aquiline.kernels.cpu import native_bf16
 from aquiline.models.checkpoint import open_checkpoint
 from aquiline.models.draft_checkpoint import load_draft
@@ -23,7 +23,6 @@ from aquiline.speculation.tree import TreeShape
 from aquiline.text.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_CHAIN = 3
-PREFILL_TOKENS = {"cpu": 512, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class LoadedModel:
     room: int
     kv_cache_tokens: int | None
     max_model_len: int
-    prefill_tokens: int
+    prefill_budget: PrefillBudget
     sampling_defaults: dict[str, object]
 
 
@@ -49,7 +48,7 @@ def choose_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in PREFILL_TOKENS or (name == "cuda" and not torch.cuda.is_available()):
+    if name not in PREFILL_BUDGETS or (name == "cuda" and not torch.cuda.is_available()):
         raise AquilineError(f"device={name!r}: give 'auto', 'cpu', or 'cuda' where there is one")
     return torch.device(name)
 
@@ -109,7 +108,7 @@ def load(config: EngineConfig) -> LoadedModel:
     models.pack()
     return LoadedModel(
         models, load_tokenizer(path), chooser, room, _kv_cache_tokens(config, models),
-        max_model_len, PREFILL_TOKENS[device.type],
+        max_model_len, config.prefill_budget(device.type),
         _sampling_defaults(checkpoint.generation_config),
     )  # fmt: skip
 

@@ -12,16 +12,17 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from types import MappingProxyType
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from aquiline.decoding.graph import RoundGraph
 from aquiline.decoding.models import DecoderModels, Planes
-from aquiline.decoding.prefill import prefill
+from aquiline.decoding.prefill import prefill, prefill_chunk
 from aquiline.decoding.prompt_scores import prompt_logprobs
 from aquiline.decoding.rows import DeviceRows, Emitted, advance
-from aquiline.engine.scheduler import Batch
+from aquiline.engine.scheduler import Batch, Stretch
 from aquiline.engine.sequence import Sequence
 from aquiline.engine.ticket import Ticket
 from aquiline.sampling.adjust import Adjustments
@@ -74,6 +75,7 @@ class Runner:
         self._resident: tuple[int, tuple[int, ...]] | None = None
         self._buffers: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
         self._sampling: tuple[tuple[Sequence, ...], SamplingBatch] | None = None
+        self._prompt_scores: WeakKeyDictionary[Sequence, list[Tensor]] = WeakKeyDictionary()
 
     def warm_up(self, chooser: TreeChooser) -> WarmUp:
         """Capture the graphs that ``chooser`` would ask for at short and long contexts, so that no
@@ -95,17 +97,45 @@ class Runner:
 
     def launch(self, batch: Batch) -> Ticket | None:
         """Enqueue the batch's work; nothing is read back. None if there is none."""
+        for source, target in batch.copies:
+            self.planes.copy_page(source, target)
         if batch.prefills:
-            return self._prefill(batch.prefills, batch.twins)
+            return self._prefill(batch.prefills)
         return self._round(batch.decodes, batch.tree) if batch.decodes else None
 
     # ---------------------------------------------------------------------------------- launching
 
-    def _prefill(
-        self, prompts: tuple[Sequence, ...], twins: tuple[tuple[Sequence, int], ...]
+    def _prefill(self, stretches: tuple[Stretch, ...]) -> Ticket | None:
+        """Feed prompts; None if they are not at their end, so that nothing is said."""
+        width = max(stretch.length for stretch in stretches)
+        ids = [one.sequence.tokens[one.start : one.start + one.length + 1] for one in stretches]
+        tokens = self._tensor(_padded(ids))
+        start = self._tensor([stretch.start for stretch in stretches])
+        columns = max(-(-(one.start + width) // one.sequence.table.page_size) for one in stretches)
+        pages = [stretch.sequence.table.pages for stretch in stretches]
+        page_table = self._tensor(_padded(pages, columns))
+        ticket = None
+        if stretches[0].last:
+            counts = self._tensor([stretch.length for stretch in stretches])
+            ticket = self._first_tokens(stretches, page_table, tokens, counts, start)
+        else:
+            features = prefill_chunk(self.models, self.planes, page_table, tokens, start)
+            self._score_prompts(stretches, tokens, features)
+        for stretch in stretches:
+            stretch.sequence.prefilled(stretch.length)
+        return ticket
+
+    def _first_tokens(
+        self,
+        stretches: tuple[Stretch, ...],
+        page_table: Tensor,
+        tokens: Tensor,
+        counts: Tensor,
+        start: Tensor,
     ) -> Ticket:
+        """The last stretch of each prompt; the row of each request is filled."""
         self._put_back()
-        sequences = (*prompts, *(twin for twin, _ in twins))
+        sequences = tuple(stretch.sequence for stretch in stretches)
         rows = self._tensor([sequence.row for sequence in sequences])
         for sequence in sequences:
             assert sequence.row is not None
@@ -115,33 +145,32 @@ class Runner:
                 sequence.row, request.params, request.prompt_token_ids, sequence.output,
                 sequence.end_tokens,
             )  # fmt: skip
-            sequence.launched(len(sequence.tokens))
+            sequence.launched(0)
         self._sampling = None  # rows may have changed
-        tokens = self._tensor(_padded([sequence.tokens for sequence in prompts]))
-        sources = [*range(len(prompts)), *(leader for _, leader in twins)] if twins else None
         done = prefill(
-            self.models, self.planes, self._tensor(_padded([s.table.pages for s in prompts])),
-            tokens, self._tensor([len(sequence.tokens) for sequence in prompts]),
-            self._sampling_of(sequences, rows), None if sources is None else self._tensor(sources),
+            self.models, self.planes, page_table, tokens, counts,
+            self._sampling_of(sequences, rows), start,
         )  # fmt: skip
-        for twin, leader in twins:
-            self._copy_last_page(prompts[leader], twin)
         self.rows.state.store(rows, done.state)
         said = torch.stack((torch.full_like(done.state.roots, -1), done.state.roots), dim=1)
+        self._score_prompts(stretches, tokens, done.features)
         scores = {
-            place: prompt_logprobs(
-                self.models.target, done.features[place, :count], tokens[place, :count]
-            )
-            for place, sequence in enumerate(prompts)
-            if sequence.wants_prompt_scores
-            for count in [len(sequence.tokens)]
+            place: torch.cat(self._prompt_scores.pop(sequence))
+            for place, sequence in enumerate(sequences)
+            if sequence in self._prompt_scores
         }
         return self._ticket(sequences, Emitted(said, done.logprobs), None, scores)
 
-    def _copy_last_page(self, leader: Sequence, twin: Sequence) -> None:
-        """The page of the prompt's last token, the only one that the two do not share."""
-        last = (len(leader.tokens) - 1) // leader.table.page_size
-        self.planes.copy_page(leader.table.pages[last], twin.table.pages[last])
+    def _score_prompts(
+        self, stretches: tuple[Stretch, ...], tokens: Tensor, features: Tensor
+    ) -> None:
+        """Log-probabilities of the prompts' tokens, where wanted, stretch after stretch."""
+        for place, (sequence, start, length, last) in enumerate(stretches):
+            if sequence.wants_prompt_scores:
+                said = tokens[place, 1 : length + (not last)]
+                found = prompt_logprobs(self.models.target, features[place], said)
+                before = self._prompt_scores.get(sequence, []) if start else []
+                self._prompt_scores[sequence] = [*before, found]
 
     def _round(self, sequences: tuple[Sequence, ...], tree: int) -> Ticket:
         tables = self.trees[tree]
@@ -273,6 +302,7 @@ def bucket_of(count: int, largest: int) -> int:
     return next((size for size in BATCH_BUCKETS if count <= size < largest), largest)
 
 
-def _padded(lists: list[list[int]]) -> list[list[int]]:
-    width = max(map(len, lists))
+def _padded(lists: Items[list[int]], width: int = 0) -> list[list[int]]:
+    """With zeros, to ``width`` or the longest."""
+    width = max(width, *map(len, lists))
     return [row + [0] * (width - len(row)) for row in lists]

@@ -59,10 +59,15 @@ class Sequence:
         self.request, self.index = request, index
         self.table, self.detokenizer = table, detokenizer
         self.end_tokens, self.max_tokens = end_tokens, max_tokens
-        self.row: int | None = None  # its row of the decode state, while running
+        self.row: int | None = None  # its row of the decode state, while it has pages
+        self.decoding = False  # its prompt has been launched to the end
         self.epoch = 0  # counts its stays on a row; work launched in an earlier one is void
         self.ahead = 0  # tokens that work in flight may commit, at most
         self.tickets = 0  # pieces of work in flight; each says one token at least
+        self.settled = 0  # slots that hold, in both planes, what the tokens make of them
+        self.cached: int | None = (
+            None  # tokens that the prefix cache had when it was first admitted
+        )
         self._pages_sent = 0
         self.output: list[int] = []
         self.depths: list[int] = []
@@ -84,22 +89,40 @@ class Sequence:
         wanted = self.request.params.prompt_logprobs is not None
         return wanted and self.index == 0 and not self.output
 
+    def admitted(self, row: int, known: int) -> None:
+        """It has a row and pages, of which the first ``known`` slots are filled."""
+        self.row, self.settled = row, known
+        self.table.append(known - self.table.length)
+        if self.cached is None:
+            self.cached = known
+
+    def prefilled(self, tokens: int) -> None:
+        """So many more tokens of the prompt are under way; whoever reads their slots is launched
+        later. The draft's last pair waits for the token after the prompt."""
+        self.table.append(tokens)
+        self.settled = min(self.table.length, len(self.tokens) - 1)
+
     def launched(self, tokens: int) -> None:
         """Work is in flight that commits ``tokens`` at most."""
         self.ahead += tokens
         self.tickets += 1
 
-    def arrived(self, tokens: int, expected: int | None = None) -> None:
-        """Work launched for ``expected`` tokens at most has committed ``tokens``."""
-        self.ahead -= tokens if expected is None else expected
+    def arrived(self, expected: int) -> None:
+        """Work launched for ``expected`` tokens at most is done."""
+        self.ahead -= expected
         self.tickets -= 1
+
+    def committed(self, tokens: int) -> None:
+        """A round has committed ``tokens``, and fed the draft what was known where it began; what
+        it accepted the draft will be fed with the target's own features by the next one."""
+        self.settled = self.table.length
         self.table.append(tokens)
 
     def leave(self) -> None:
         """Stop running: pages are free at once, work in flight is void."""
         self.epoch += 1
-        self.row = None
-        self.ahead = self.tickets = self._pages_sent = 0
+        self.row, self.decoding = None, False
+        self.ahead = self.tickets = self.settled = self._pages_sent = 0
         self.table.free()
 
     @property

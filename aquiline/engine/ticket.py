@@ -42,12 +42,13 @@ class Ticket:
         for place, ((sequence, epoch), (accepted, *tokens)) in enumerate(rows):
             if sequence.epoch != epoch:
                 continue
-            if self.tree is None:  # the prompt is committed, one token was drawn
+            if self.tree is None:  # one token was drawn
                 said, depths = tuple(tokens[:1]), (0,)
-                sequence.arrived(len(sequence.tokens))
+                sequence.arrived(0)
             else:
                 said, depths = tuple(tokens[: accepted + 1]), (*range(1, accepted + 1), 0)
-                sequence.arrived(accepted + 1, self.tree.depth + 1)
+                sequence.arrived(self.tree.depth + 1)
+                sequence.committed(accepted + 1)
                 sequence.record_round(accepted, self.tree.size - 1, self.tree.depth)
             scores, prompt = self._scores(sequence, place, said), self._prompt(sequence, place)
             yield StepTokens(sequence, said, depths, scores, prompt)

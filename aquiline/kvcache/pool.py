@@ -53,7 +53,7 @@ class KVPlane:
         ops.move_kv(self.data, source, target)
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copy one page in every layer (fork, and choices of one prompt)."""
+        """Copy one page in every layer (a text that begins like another one and goes on apart)."""
         size = self.page_size
         self.data[:, :, target * size : (target + 1) * size] = self.data[
             :, :, source * size : (source + 1) * size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,48 @@ def test_preempted_requests_say_the_same(folders):
     assert [said(o) for o in llm.generate(prompts(8), mixed_params(8))] == [
         said(o) for o in expected
     ]
+
+
+@pytest.mark.parametrize("method", ["eagle", "eagle3"])
+@pytest.mark.parametrize("budget", [5, 16, 33])
+def test_stretches_and_a_prefix_cache_change_nothing(folders, budget, method):
+    """Turns of conversations, in stretches and beside rounds, over few pages: a stretch and a copy
+    are launched without a ticket while a round is in flight."""
+    shape = {**TREE, "method": method}
+    card = make(folders, shape, "cuda", max_num_batched_tokens=budget, kv_cache_tokens=384)
+    plain = make(folders, None, "cpu", enable_prefix_caching=False)
+    asked, params = prompts(8), [replace(p, n=1 + i % 2) for i, p in enumerate(mixed_params(8))]
+    found = 0
+    for _ in range(3):
+        got, expected = card.generate(asked, params), plain.generate(asked, params)
+        for one, other in zip(got, expected, strict=True):
+            assert [c.token_ids for c in one.outputs] == [c.token_ids for c in other.outputs]
+        found += sum(one.num_cached_tokens for one in got)
+        asked = [
+            {"prompt_token_ids": [*o.prompt_token_ids, *o.outputs[0].token_ids, 3, 4][:60]}
+            for o in got
+        ]
+    assert found > 100
+    card.engine.step()
+    assert_idle(card)
+
+
+def test_a_stream_goes_on_beside_a_long_prompt(folders):
+    llm = make(folders, CHAIN, "cuda", max_num_batched_tokens=8)
+    endless = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    stream = llm.engine.add_request([3, 4, 5], endless)
+    for _ in range(4):
+        llm.engine.step()
+    long, steps = llm.engine.add_request([*range(3, 83)], endless), list[bool]()
+    while True:
+        outputs = {output.request_id for output in llm.engine.step()}
+        if long in outputs:
+            break
+        steps.append(stream in outputs)
+    assert len(steps) >= 2 * 80 // 8 - 2
+    assert all(a != b for a, b in itertools.pairwise(steps[2:])), "every second step"
+    for request in (stream, long):
+        llm.engine.abort(request)
 
 
 def test_steady_rounds_never_wait_for_the_card(folders):

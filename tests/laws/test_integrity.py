@@ -1,12 +1,14 @@
 """Law 6: pages are never lost, shared by accident or freed twice, and contents follow the tables.
 
-A state machine plays a scheduler over real pages, tables and a KV plane, and a plain list of tokens
-per sequence plays the truth. Each token's key in the cache is a number of its own, so a page that
-two sequences both write to is seen at once.
+A state machine plays a scheduler over real pages, tables, prefix cache and two KV planes. The truth
+is plain: a slot's key in the target's plane is a digest of the tokens up to it, in the draft's of
+one token more, so a page that two sequences write to, or that is found by the wrong tokens, is seen
+at once. Texts are of two tokens, so that beginnings meet often.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 
 import pytest
@@ -15,113 +17,117 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from aquiline.decoding.models import Planes
 from aquiline.kernels import ops
 from aquiline.kvcache.pages import OutOfPages, PageAllocator
 from aquiline.kvcache.pool import KVPlane, PlaneShape
+from aquiline.kvcache.prefix import PrefixCache
 from aquiline.kvcache.table import PageTable
 from aquiline.speculation.tree import TreeShape
 
 TREE = TreeShape.of([[0], [1], [0, 0], [1, 0], [1, 0, 0]]).tables(torch.device("cpu"))
+TEXTS = st.lists(st.integers(0, 1), min_size=1, max_size=12)
+
+
+def digest(tokens: list[int]) -> float:
+    return float(int.from_bytes(hashlib.sha256(bytes(tokens)).digest()[:6]))
 
 
 class Sequence:
-    """A page table and the tokens that its pages ought to hold."""
+    """A page table and the tokens that its pages ought to hold, and one more, the root. The draft
+    has been fed the pairs of the first ``fed`` slots."""
 
-    def __init__(self, table: PageTable, tokens: list[float]) -> None:
-        self.table, self.tokens = table, tokens
+    def __init__(self, table: PageTable, tokens: list[int], fed: int) -> None:
+        self.table, self.tokens, self.fed = table, tokens, fed
 
 
 class Pages(RuleBasedStateMachine):
-    """append, draft and commit, rewind, fork, free: in any order."""
+    """Admit, prefill, round, leave with what is known kept or not: in any order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.sequences: list[Sequence] = []
-        self.fresh = itertools.count(1)
+        self.garbage = itertools.count(-1, -1)
 
     @initialize(pages=st.integers(2, 12), page_size=st.sampled_from([4, 2, 1]))
     def start(self, pages, page_size):
         self.allocator, self.page_size = PageAllocator(pages), page_size
-        shape = PlaneShape(2, 1, 1)
-        slots = pages * page_size
-        self.plane = KVPlane(shape, slots, page_size, torch.float64, torch.device("cpu"))
+        self.cache = PrefixCache(self.allocator, page_size)
+        slots, cpu = pages * page_size, torch.device("cpu")
+        target, draft = (
+            KVPlane(PlaneShape(layers, 1, 1), slots, page_size, torch.float64, cpu)
+            for layers in (2, 1)
+        )
+        self.planes = Planes(target, draft)
 
     # ------------------------------------------------------------------------------- operations
 
-    @rule(tokens=st.integers(0, 9))
-    def begin(self, tokens):
-        sequence = Sequence(PageTable(self.allocator, self.page_size), [])
-        if self._reserve(sequence, tokens):
-            self._write(sequence, tokens)
-            self.sequences.append(sequence)
+    @rule(text=TEXTS, more=st.integers(0, 6))
+    def begin(self, text, more):
+        """Admit a prompt: what is known of it is shared and copied, the rest is run."""
+        prefix = self.cache.find(text)
+        assert prefix.tokens <= len(text) - 1
+        assert len(prefix.pages) == prefix.tokens // self.page_size
+        assert (prefix.partial is None) == (prefix.tokens % self.page_size == 0)
+        table = PageTable(self.allocator, self.page_size)
+        table.begin(prefix.pages)
+        room = len(text) - table.length + more
+        if not self._reserve(table, room):
+            table.free()
+            return
+        if prefix.partial is not None:
+            self.planes.copy_page(prefix.partial, table.pages[len(prefix.pages)])
+        table.append(prefix.tokens - table.length)
+        sequence = Sequence(table, [*text, self._token(text)], len(text) - 1)
+        self._fill(sequence, prefix.tokens, len(text), prefix.tokens, len(text) - 1)
+        table.append(len(text) - prefix.tokens)
+        self.sequences.append(sequence)
 
     @precondition(lambda self: self.sequences)
-    @rule(data=st.data(), tokens=st.integers(0, 6))
-    def append(self, data, tokens):
+    @rule(data=st.data())
+    def learn(self, data):
+        """Of a sequence that goes on, a partial page included."""
         sequence = self._pick(data)
-        if self._reserve(sequence, tokens):
-            self._write(sequence, tokens)
+        self.cache.keep(sequence.tokens, sequence.table.pages, sequence.fed)
+        assert self.cache.find(sequence.tokens).tokens >= sequence.fed
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), leaf=st.integers(-1, TREE.shape.size - 1))
-    def draft_and_commit(self, data, leaf):
-        """A round: a tree behind the length, then the path to ``leaf``; -1 is no verdict."""
+    def round(self, data, leaf):
+        """The draft is fed and drafts, the target verifies, the path to ``leaf`` is committed; -1
+        is a round whose verdict nobody reads."""
         sequence = self._pick(data)
-        if not self._reserve(sequence, TREE.shape.size):
+        table, length = sequence.table, sequence.table.length
+        if not self._reserve(table, TREE.shape.size):
             return
+        self._fill(sequence, length, length, sequence.fed, length)
         nodes = torch.arange(TREE.shape.size)
-        keys = torch.tensor([float(next(self.fresh)) for _ in nodes], dtype=torch.float64)
-        self._cache(self._slots(sequence, nodes), keys)
+        drafted = [float(next(self.garbage)) for _ in nodes[1:]]
+        self._write(self.planes.draft, self._slots(table, length + nodes[:-1]), drafted)
+        accepted = 0 if leaf < 0 else TREE.shape.depths[leaf]
+        tokens = list(sequence.tokens)
+        for _ in range(accepted + 1):
+            tokens.append(self._token(tokens))
+        keys = [float(next(self.garbage)) for _ in nodes]
+        path = TREE.routes[max(leaf, 0)]
+        for step in range(accepted + 1):
+            keys[path[step]] = digest(tokens[: length + step + 1])
+        self._write(self.planes.target, self._slots(table, length + nodes), keys)
         if leaf < 0:
             return
-        depth = TREE.shape.depths[leaf]
-        path = TREE.routes[leaf]
-        source = self._slots(sequence, path[1:])
-        target = self._slots(sequence, torch.arange(1, TREE.shape.depth + 1))
-        self.plane.commit_path(source, target)
-        sequence.table.append(depth + 1)
-        sequence.tokens += keys[path[: depth + 1]].tolist()
+        source = self._slots(table, length + path[1:])[None]
+        steps = torch.arange(1, TREE.shape.depth + 1)
+        self.planes.target.commit_path(source, self._slots(table, length + steps)[None])
+        table.append(accepted + 1)
+        sequence.fed, sequence.tokens = length, tokens
 
     @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def rewind(self, data):
-        """To any length, also into a page that a twin shares."""
+    @rule(data=st.data(), kept=st.booleans())
+    def leave(self, data, kept):
+        """End, abort, preempt."""
         sequence = self._pick(data)
-        length = data.draw(st.integers(0, len(sequence.tokens)))
-        sequence.table.rewind(length)
-        del sequence.tokens[length:]
-
-    @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def fork(self, data):
-        sequence = self._pick(data)
-        before = self._snapshot()
-        try:
-            table, copy = sequence.table.fork()
-        except OutOfPages:
-            assert self._snapshot() == before
-            assert self.allocator.free_count == 0
-            return
-        if copy is not None:
-            self.plane.copy_page(*copy)
-        self.sequences.append(Sequence(table, list(sequence.tokens)))
-
-    @precondition(lambda self: self._sharing())
-    @rule(data=st.data(), tokens=st.integers(1, 6))
-    def branch(self, data, tokens):
-        """One of two twins goes back into a page they share and says something else."""
-        sequence = data.draw(st.sampled_from(self._sharing()))
-        shared = sum(self.allocator.is_shared(page) for page in sequence.table.pages)
-        length = data.draw(st.integers(0, min(len(sequence.tokens), shared * self.page_size)))
-        sequence.table.rewind(length)
-        del sequence.tokens[length:]
-        if self._reserve(sequence, tokens):
-            self._write(sequence, tokens)
-
-    @precondition(lambda self: self.sequences)
-    @rule(data=st.data())
-    def abort(self, data):
-        sequence = self._pick(data)
+        if kept:
+            self.cache.keep(sequence.tokens, sequence.table.pages, sequence.fed)
         sequence.table.free()
         assert sequence.table.pages == []
         self.sequences.remove(sequence)
@@ -132,6 +138,7 @@ class Pages(RuleBasedStateMachine):
     def pages_add_up(self):
         tables = [sequence.table.pages for sequence in self.sequences]
         self.allocator.check_integrity(tables)
+        self.cache.check_integrity()
         owned = {page for pages in tables for page in pages}
         assert 0 not in owned
         assert len(owned) + self.allocator.free_count == self.allocator.count - 1
@@ -139,93 +146,151 @@ class Pages(RuleBasedStateMachine):
     @invariant()
     def contents_are_each_sequences_own(self):
         for sequence in self.sequences:
-            table, count = sequence.table, len(sequence.tokens)
-            assert table.length == count <= table.capacity
-            if count:
-                slots = self._slots(sequence, torch.arange(count), start=0)
-                for layer in range(2):
-                    keys, values = self.plane.layer(layer)
-                    assert keys[slots, 0, 0].tolist() == sequence.tokens
-                    assert values[slots, 0, 0].tolist() == [-token for token in sequence.tokens]
+            table, tokens = sequence.table, sequence.tokens
+            assert table.length == len(tokens) - 1 <= table.capacity
+            self._check(self.planes.target, table, [tokens[: i + 1] for i in range(table.length)])
+            self._check(self.planes.draft, table, [tokens[: i + 2] for i in range(sequence.fed)])
 
     # ------------------------------------------------------------------------------------ tools
-
-    def _sharing(self) -> list[Sequence]:
-        """The sequences that begin with a page of somebody else's, too."""
-        allocator = self.allocator
-        return [s for s in self.sequences if s.tokens and allocator.is_shared(s.table.pages[0])]
 
     def _pick(self, data) -> Sequence:
         return data.draw(st.sampled_from(self.sequences))
 
-    def _snapshot(self):
-        tables = [(list(s.table.pages), s.table.length) for s in self.sequences]
-        return tables, list(self.allocator._free), dict(self.allocator._owners)
+    def _token(self, tokens: list[int]) -> int:
+        """What the target says next: the same after the same text."""
+        return int(digest(tokens)) % 2
 
-    def _reserve(self, sequence: Sequence, room: int) -> bool:
-        before, own = self._snapshot(), list(sequence.table.pages)
-        last, used = divmod(len(sequence.tokens), self.page_size)
-        shared = bool(room and used) and self.allocator.is_shared(own[last])
-        needed = max(-(-(len(sequence.tokens) + room) // self.page_size) - len(own), 0) + shared
-        free = self.allocator.free_count
+    def _reserve(self, table: PageTable, room: int) -> bool:
+        allocator = self.allocator
+        before = list(table.pages), table.length, allocator.free_count, dict(allocator._owners)
+        needed = max(-(-(table.length + room) // self.page_size) - len(table.pages), 0)
         try:
-            copy = sequence.table.reserve(room)
+            table.reserve(room)
         except OutOfPages:
-            assert needed > free, "there was room"
-            assert (self._snapshot(), sequence.table.pages) == (before, own)
+            assert needed > before[2], "there was room"
+            after = table.pages, table.length, allocator.free_count, allocator._owners
+            assert after == before
             return False
-        assert self.allocator.free_count == free - needed
-        assert (copy is not None) == shared
-        if copy is not None:
-            self.plane.copy_page(*copy)
-        assert sequence.table.capacity >= len(sequence.tokens) + room
+        assert allocator.free_count == before[2] - needed
+        assert table.capacity >= table.length + room
         return True
 
-    def _slots(self, sequence: Sequence, offsets, start: int | None = None):
-        start = sequence.table.length if start is None else start
-        table = torch.tensor([sequence.table.pages])
-        return ops.slots_at(table, start + offsets[None], self.page_size)[0]
+    def _slots(self, table: PageTable, positions):
+        pages = torch.tensor([[*table.pages, 0]])
+        return ops.slots_at(pages, positions[None], self.page_size)[0]
 
-    def _cache(self, slots, keys):
-        self.plane.data[:, 0, slots, 0, 0] = keys
-        self.plane.data[:, 1, slots, 0, 0] = -keys
+    def _fill(self, sequence: Sequence, start: int, end: int, fed: int, pairs: int) -> None:
+        """Target slots ``start`` to ``end`` and draft slots ``fed`` to ``pairs``."""
+        for plane, first, last, ahead in (
+            (self.planes.target, start, end, 1), (self.planes.draft, fed, pairs, 2),
+        ):  # fmt: skip
+            keys = [digest(sequence.tokens[: i + ahead]) for i in range(first, last)]
+            slots = self._slots(sequence.table, torch.arange(first, last))
+            self._write(plane, slots, keys)
 
-    def _write(self, sequence: Sequence, count: int) -> None:
-        tokens = [float(next(self.fresh)) for _ in range(count)]
-        if count:
-            slots = self._slots(sequence, torch.arange(count))
-            self._cache(slots, torch.tensor(tokens, dtype=torch.float64))
-        sequence.table.append(count)
-        sequence.tokens += tokens
+    def _write(self, plane, slots, keys: list[float]) -> None:
+        keys = torch.tensor(keys, dtype=torch.float64)
+        plane.data[:, 0, slots, 0, 0] = keys
+        plane.data[:, 1, slots, 0, 0] = -keys
+
+    def _check(self, plane, table: PageTable, texts: list[list[int]]) -> None:
+        slots = self._slots(table, torch.arange(len(texts)))
+        expected = list(map(digest, texts))
+        for index in range(len(plane.data)):
+            keys, values = plane.layer(index)
+            assert keys[slots, 0, 0].tolist() == expected
+            assert values[slots, 0, 0].tolist() == [-key for key in expected]
 
 
 TestPages = Pages.TestCase
 TestPages.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
-def test_a_twin_keeps_its_tokens_when_the_other_rewinds_into_a_shared_page():
-    allocator = PageAllocator(8)
-    table = PageTable(allocator, 4)
-    table.reserve(4)
-    table.append(4)
-    twin, copy = table.fork()
-    assert copy is None
-    table.rewind(2)
-    assert table.reserve(1) == (twin.pages[0], table.pages[0])
-    assert table.pages[0] not in twin.pages, "the next token would overwrite the twin's third"
-    assert table.reserve(1) is None, "now it is this sequence's own"
+def kept(allocator: PageAllocator, tokens: list[int], page_size: int = 4) -> PageTable:
+    """A sequence that has ended, and is known but for its last token."""
+    table = PageTable(allocator, page_size)
+    table.reserve(len(tokens) - 1)
+    return table
+
+
+def test_a_page_edge_does_not_hide_the_draft_slot_behind_it():
+    """The draft's last slot of a page belongs to the token after the page: where that differs, all
+    but this slot is copied."""
+    allocator = PageAllocator(12)
+    cache = PrefixCache(allocator, 4)
+    text = list(range(9))
+    table = kept(allocator, text)
+    cache.keep(text, table.pages, 8)
+    assert cache.find(text) == (8, tuple(table.pages), None)
+    assert cache.find([*text[:8], 90]) == (7, tuple(table.pages[:1]), table.pages[1])
+    assert cache.find(text[:8]) == (7, tuple(table.pages[:1]), table.pages[1])
+    assert cache.find([*text[:4], 90, 91]) == (3, (), table.pages[0])
+    assert cache.find([90, *text[1:]]) == (0, (), None)
+    assert cache.find(text[:1]) == (0, (), None)
+
+
+def test_the_same_page_after_another_beginning_is_another_page():
+    allocator = PageAllocator(12)
+    cache = PrefixCache(allocator, 2)
+    one, other = [1, 2, 3, 4, 5], [9, 2, 3, 4, 5]
+    tables = [kept(allocator, text, 2) for text in (one, other)]
+    for text, table in zip((one, other), tables, strict=True):
+        cache.keep(text, table.pages, 4)
+    assert cache.find(one).pages == tuple(tables[0].pages)
+    assert cache.find(other).pages == tuple(tables[1].pages)
+
+
+def test_the_least_recently_used_goes_first_and_ends_before_beginnings():
+    allocator = PageAllocator(7)
+    cache = PrefixCache(allocator, 2)
+    texts = [[i, 7, 7, 7, 7] for i in range(3)]
+    for text in texts:
+        table = kept(allocator, text, 2)
+        cache.keep(text, table.pages, 4)
+        table.free()
+    again = PageTable(allocator, 2)
+    again.begin(cache.find(texts[0]).pages)
+    again.free()
+    newcomer = PageTable(allocator, 2)
+    for expected in ([4, 2, 4], [4, 0, 4], [4, 0, 2], [4, 0, 0], [2, 0, 0], [0, 0, 0]):
+        newcomer.reserve(newcomer.capacity + 1)
+        assert [cache.find(text).tokens for text in texts] == expected
+        allocator.check_integrity([newcomer.pages])
+        cache.check_integrity()
+    with pytest.raises(OutOfPages):
+        newcomer.reserve(newcomer.capacity + 1)
+
+
+def test_what_another_page_holds_is_not_kept_twice():
+    allocator = PageAllocator(9)
+    cache = PrefixCache(allocator, 2)
+    text = [1, 2, 3, 4, 5]
+    tables = [kept(allocator, text, 2) for _ in range(2)]
+    cache.keep(text, tables[0].pages, 4)
+    cache.keep(text, tables[1].pages, 3)
+    cache.keep(text, tables[1].pages, 4)
+    cache.check_integrity()
+    assert len(cache._pages) == 2
+    assert cache.find(text).pages == tuple(tables[0].pages)
 
 
 def test_integrity_check_sees_every_kind_of_damage():
     def damaged(damage):
-        allocator = PageAllocator(6)
-        table = PageTable(allocator, 2)
+        allocator = PageAllocator(8)
+        cache = PrefixCache(allocator, 2)
+        old, table = kept(allocator, [1, 2, 3], 2), PageTable(allocator, 2)
+        cache.keep([1, 2, 3], old.pages, 2)
+        old.free()
         table.reserve(5)
         tables = [table.pages]
-        allocator.check_integrity(tables)
+        check(allocator, cache, tables)
         damage(allocator, tables)
         with pytest.raises(AssertionError):
-            allocator.check_integrity(tables)
+            check(allocator, cache, tables)
+
+    def check(allocator, cache, tables):
+        allocator.check_integrity(tables)
+        cache.check_integrity()
 
     damaged(lambda allocator, tables: tables[0].pop())
     damaged(lambda allocator, tables: tables.append([tables[0][0]]))
@@ -233,12 +298,16 @@ def test_integrity_check_sees_every_kind_of_damage():
     damaged(lambda allocator, tables: allocator._free.pop())
     damaged(lambda allocator, tables: allocator.free(tables[0][0]))
     damaged(lambda allocator, tables: allocator.share(tables[0][0]))
-    damaged(lambda allocator, tables: allocator._free.append(0))
+    damaged(lambda allocator, tables: allocator._idle.popitem())
+    damaged(lambda allocator, tables: allocator._idle.update({tables[0][0]: None}))
+    damaged(lambda allocator, tables: allocator._kept.popitem())
+    damaged(lambda allocator, tables: allocator.keep(tables[0][0], lambda page: None))
 
 
-def test_neighbouring_pages_where_possible():
+def test_pages_of_a_sequence_stay_neighbours():
     """Adjacent pages are one view of the cache, which is what makes the CPU's prefix pass cheap."""
     allocator = PageAllocator(10)
+    cache = PrefixCache(allocator, 4)
     first, second = PageTable(allocator, 4), PageTable(allocator, 4)
     first.reserve(8)
     second.reserve(4)
@@ -246,14 +315,18 @@ def test_neighbouring_pages_where_possible():
     first.free()
     second.reserve(12)
     assert second.pages == [3, 4, 5]
+    second.free()
+    old = PageTable(allocator, 4)
+    old.reserve(36)
+    cache.keep(list(range(37)), old.pages, 36)
+    old.free()
+    second.reserve(16)
+    assert second.pages == [6, 7, 8, 9], "evicted together"
 
 
 @pytest.mark.parametrize("bad", [-1, 5])
-def test_commit_and_rewind_stay_inside(bad):
+def test_commit_stays_inside(bad):
     table = PageTable(PageAllocator(3), 4)
     table.reserve(4)
     with pytest.raises(AssertionError):
         table.append(bad)
-    table.append(3)
-    with pytest.raises(AssertionError):
-        table.rewind(bad)
