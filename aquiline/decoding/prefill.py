@@ -36,6 +36,7 @@ def prefill(
     counts: Tensor,
     sampling: SamplingBatch,
     sources: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> Prefilled:
     """Run whole prompts and draw first tokens.
 
@@ -43,6 +44,7 @@ def prefill(
         page_table: [B, M] pages with room for the prompts.
         tokens: [B, T] prompt tokens, padded on the right; ``counts`` [B] are valid.
         sources: [C] the prompt that each row of ``sampling`` continues; None: row by row.
+        masks: [C, 1, ceil(V / 32)] what the forms of texts allow first, see ops.adjust_logits.
     """
     columns = torch.arange(tokens.shape[1], device=tokens.device)
     valid = columns < counts[:, None]
@@ -63,7 +65,7 @@ def prefill(
     features = models.draft_features(output)
     lengths = counts if sources is None else counts.index_select(0, sources)
     logits = models.target.logits(at_end(output.features))
-    first, logprobs = _first_tokens(logits, sampling, lengths[:, None])
+    first, logprobs = _first_tokens(logits, sampling, lengths[:, None], masks)
     drafter = models.drafter
     if drafter is not None and planes.draft is not None and len(columns) > 1:
         # Pair (t_{i+1}, h_i) for every i below the last; that one waits for the drawn token. A
@@ -78,13 +80,13 @@ def prefill(
 
 
 def _first_tokens(
-    logits: Tensor, sampling: SamplingBatch, positions: Tensor
+    logits: Tensor, sampling: SamplingBatch, positions: Tensor, masks: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Draw from logits [B, 1, V] the tokens at positions [B, 1]; count and score them."""
     table, slots = sampling.adjustments, sampling.slots
     raw = logits.clone() if sampling.logprobs else None
     if table is not None:
-        ops.adjust_logits(logits, table, slots, positions, None, None, None, None)
+        ops.adjust_logits(logits, table, slots, positions, None, None, None, masks, None)
     tokens = draw(logits, sampling, position_noise(sampling, positions, logits.shape[-1]))
     if table is not None:
         ops.count_tokens(table, slots, tokens, torch.ones_like(slots))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.models import DecoderModels, Planes
-from aquiline.decoding.round import decode_round
+from aquiline.decoding.round import Round, RoundResult, decode_round
 from aquiline.decoding.state import DecodeState
 from aquiline.sampling.adjust import Adjustments
 from aquiline.sampling.batch import SamplingBatch
@@ -92,6 +92,69 @@ def advance(
 ) -> Emitted:
     """One round of all rows, in place."""
     result = decode_round(models, planes, tree, rule, rows.page_table, rows.state, rows.sampling)
+    return _emit(rows, result)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What the forms of R texts allow, at addresses that graphs know; see ops.adjust_logits.
+
+    Attributes:
+        roots: [R, 1, words] int32, after the root; needed before drafting.
+        nodes: [R, N, words] int32, after every node; needed before accepting.
+    """
+
+    roots: Tensor
+    nodes: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, nodes: int, vocab: int, device: torch.device) -> Masks:
+        """All tokens allowed."""
+        shape = rows, nodes, -(-vocab // 32)
+        masks = torch.full(shape, -1, dtype=torch.int32, device=device)
+        return cls(masks[:, :1].clone(), masks)
+
+
+class StagedRound:
+    """``advance`` in three stages, under masks."""
+
+    def __init__(
+        self,
+        models: DecoderModels,
+        planes: Planes,
+        tree: TreeTables,
+        rule: RuleFactory,
+        rows: DeviceRows,
+        masks: Masks,
+    ) -> None:
+        self.models, self.planes, self.tree, self.rule = models, planes, tree, rule
+        self.rows, self.masks = rows, masks
+        self._round: Round | None = None
+
+    @torch.inference_mode()
+    def draft(self) -> Tensor:
+        """Tokens [R, N] of the trees."""
+        rows = self.rows
+        self._round = Round(
+            self.models, self.planes, self.tree, self.rule, rows.page_table, rows.state,
+            rows.sampling,
+        )  # fmt: skip
+        return self._round.draft(self.masks.roots)
+
+    @torch.inference_mode()
+    def verify(self) -> None:
+        assert self._round is not None, "draft comes first"
+        self._round.verify()
+
+    @torch.inference_mode()
+    def accept(self) -> Emitted:
+        assert self._round is not None, "draft comes first"
+        result, self._round = self._round.accept(self.masks.nodes), None
+        return _emit(self.rows, result)
+
+
+def _emit(rows: DeviceRows, result: RoundResult) -> Emitted:
+    """Write the new state in place."""
     # A padding row stays where it is: with room before it for the pairs that it feeds.
     lengths = torch.where(rows.active, result.state.lengths, rows.state.room)
     rows.state.copy(replace(result.state, lengths=lengths), len(rows.active))

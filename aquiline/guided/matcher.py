@@ -7,7 +7,8 @@
 The masks of a tree are filled by a depth-first walk that accepts a node's token, fills its row and
 takes the token back, so the state is afterwards what it was before. Where the grammar is complete
 end tokens are allowed; a node that holds one ends the text, and after it, end tokens are all that
-is allowed: what is drawn there is nobody's.
+is allowed: what is drawn there is nobody's. A grammar may lead where nothing can follow (a rule
+that never ends, a character that no token spells); there an end token gives the text up.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aquiline.guided.grammar import Grammar, mask_words
@@ -29,12 +32,13 @@ class Matcher:
 
     Attributes:
         finished: an end token was accepted.
+        stuck: it was because nothing else was left, and the text does not have the form.
     """
 
     def __init__(self, grammar: Grammar) -> None:
         import xgrammar
 
-        self.finished = False
+        self.finished = self.stuck = False
         self._grammar = grammar
         self._state: Any = xgrammar.GrammarMatcher(grammar.compiled)
 
@@ -50,12 +54,10 @@ class Matcher:
             return
         rows.zero_()  # what the walk does not reach it does not write
         self._state.traverse_draft_tree(*_links(tree), tokens, rows)
+        words = rows.numpy()  # quicker than torch to look at
         for node, token in enumerate(tokens.tolist()):
-            if (
-                node
-                and token in self._grammar.end_tokens
-                and _allows(rows[tree.parents[node]], token)
-            ):
+            reached = node == 0 or _allows(words[tree.parents[node]], token)
+            if reached and (token in self._grammar.end_tokens or not words[node].any()):
                 rows[node] = self._grammar.end_mask
 
     def advance(self, tokens: Sequence[int]) -> None:
@@ -63,9 +65,11 @@ class Matcher:
         for token in tokens:
             if self.finished:
                 return
-            accepted = self._state.accept_token(token)
-            assert accepted, f"token {token} was emitted against its mask"
-            self.finished = self._state.is_terminated()
+            if self._state.accept_token(token):
+                self.finished = self._state.is_terminated()
+            else:
+                assert token in self._grammar.end_tokens, f"token {token} is against its mask"
+                self.finished = self.stuck = True
 
     def forced(self, limit: int) -> list[int]:
         """The tokens that must come next, one after another, ``limit`` at most.
@@ -98,8 +102,8 @@ def _links(tree: TreeShape) -> tuple[Tensor, Tensor]:
     return child, sibling
 
 
-def _allows(row: Tensor, token: int) -> bool:
-    return bool(row[token // 32] >> (token % 32) & 1)
+def _allows(words: NDArray[np.int32], token: int) -> bool:
+    return bool(words[token // 32] >> (token % 32) & 1)
 
 
 def _only_token(row: Tensor) -> int | None:

@@ -30,6 +30,7 @@ def adjust_logits(
     levels: Tensor | None,
     history: History | None,
     token_ids: Tensor | None,
+    masks: Tensor | None,
     raw: Tensor | None,
 ) -> None:
     flags = _flags(table, slots)
@@ -53,6 +54,10 @@ def adjust_logits(
             new = old + bias[:, None, ids]
         elif flag is Flag.BANS:
             new = old.masked_fill(~_bit(table.allowed[slot], ids)[:, None], NEGATIVE_INFINITY)
+        elif flag is Flag.FORM:
+            new = old
+            if masks is not None:
+                new = old.masked_fill(~_bit(masks[rows], ids), NEGATIVE_INFINITY)
         else:
             ends = table.end_ids[slot]
             is_end = _scattered(ends, torch.ones_like(ends), table.vocab)[:, None, ids] > 0
@@ -72,8 +77,8 @@ def _rows(mask: Tensor) -> Tensor:
 
 
 def _bit(words: Tensor, ids: Tensor) -> Tensor:
-    """words [b, W] -> bool [b, len(ids)]."""
-    return (words[:, ids >> 5] >> (ids & 31)) & 1 == 1
+    """words [..., W] -> bool [..., len(ids)]."""
+    return (words[..., ids >> 5] >> (ids & 31)) & 1 == 1
 
 
 def _scattered(ids: Tensor, values: Tensor, vocab: int) -> Tensor:

@@ -79,6 +79,7 @@ def flags_of(params: SamplingParams) -> ops.Flag:
         ops.Flag.BANS: bans,
         ops.Flag.MIN_TOKENS: params.min_tokens,
         ops.Flag.LOGPROBS: params.logprobs is not None,
+        ops.Flag.FORM: params.structured_outputs is not None,
     }
     flags = ops.Flag(0)
     for flag, on in wanted.items():

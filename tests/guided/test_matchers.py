@@ -7,7 +7,8 @@ import random
 import pytest
 import torch
 
-from aquiline.guided.grammar import mask_words
+from aquiline.core.guided_params import StructuredOutput
+from aquiline.guided.grammar import Grammars, mask_words
 from aquiline.guided.matcher import Matcher
 from aquiline.speculation.tree import POOL, TreeShape
 from tests.guided.forms import END, SPECIAL, VOCAB, allowed, compiled, next_tokens, tokens_of
@@ -22,8 +23,9 @@ SCHEMA = {
 EAGLE = TreeShape.of(POOL["eagle-25"])
 
 
-def filled(matcher: Matcher, tree: TreeShape, tokens: list[int]) -> list[set[int]]:
-    rows = torch.full((tree.size, WORDS), 0x5A5A5A5A, dtype=torch.int32)
+def filled(matcher: Matcher, tree: TreeShape, tokens: list[int], words: int = WORDS
+           ) -> list[set[int]]:  # fmt: skip
+    rows = torch.full((tree.size, words), 0x5A5A5A5A, dtype=torch.int32)
     matcher.fill(tree, torch.tensor(tokens), rows)
     return [allowed(row) for row in rows]
 
@@ -109,6 +111,19 @@ def test_after_the_end_only_end_tokens_are_allowed():
 def test_an_emitted_token_that_its_mask_forbids_is_our_fault():
     with pytest.raises(AssertionError, match="120"):
         Matcher(compiled(regex="ab")).advance([ord("a"), ord("x")])
+
+
+@pytest.mark.parametrize("dead", ['"z"', 'x\nx ::= x "b"'])
+def test_where_nothing_can_follow_the_text_is_given_up(dead):
+    """A character that no token spells, a rule that never ends: only an end token is left."""
+    store = Grammars([b"a", b"b", b""], 3, [2])
+    matcher = Matcher(store.compile(StructuredOutput(grammar=f'root ::= "a" | "b" {dead}')))
+    assert filled(matcher, TreeShape.chain(2), [0, 1, 1], 1) == [{0, 1}, {2}, set()]
+    matcher.advance([1])
+    assert not matcher.finished
+    assert filled(matcher, TreeShape.chain(1), [0, 2], 1) == [{2}, {2}]
+    matcher.advance([2])
+    assert (matcher.finished, matcher.stuck) == (True, True)
 
 
 def test_forced_tokens():
