@@ -28,6 +28,7 @@ ROOT = 0  # the token every request starts from
 MIN_EXPECTED = 5.0
 CHUNK = 20_000
 VOCAB_ROOM = 64  # the vocabularies here are no larger
+ROOT_ALONE = TreeShape.chain(0).tables(torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------- the statistics
@@ -109,11 +110,13 @@ class MarkovPair:
         target: [V, V].
         draft: [V, Vd].
         draft_ids: [Vd] target ids of a reduced draft vocabulary, or None.
+        form: bool [V, V], row t the tokens that a form allows after t; None: it allows all.
     """
 
     target: Tensor
     draft: Tensor
     draft_ids: Tensor | None = None
+    form: Tensor | None = None
 
     @classmethod
     def random(
@@ -133,6 +136,17 @@ class MarkovPair:
     def to_target(self, ids: Tensor) -> Tensor:
         """Draft vocabulary ids -> target token ids."""
         return ids if self.draft_ids is None else self.draft_ids[ids]
+
+    def masks(self, tree: TreeTables, tokens: Tensor) -> Tensor | None:
+        """The form's masks of every node [B, N, words]; empty where the form excludes the node."""
+        if self.form is None:
+            return None
+        allowed = self.form[tokens]
+        for node in range(1, tree.shape.size):
+            above = allowed[:, tree.shape.parents[node]]
+            allowed[:, node] &= above.gather(1, tokens[:, node, None])
+        bits = torch.nn.functional.pad(allowed.long(), (0, -allowed.shape[-1] % 32))
+        return (bits.unflatten(-1, (-1, 32)) << torch.arange(32)).sum(dim=-1).int()
 
 
 @dataclass(frozen=True)
@@ -171,7 +185,7 @@ def measure_fit(
     """
     generator = torch.Generator().manual_seed(seed)
     tree = shape.tables(torch.device("cpu"))
-    law = TextLaw(pair.target, params, prompt, end_tokens)
+    law = TextLaw(pair.target, params, prompt, end_tokens, pair.form)
     samples, accepted = [], []
     for start in range(0, rows, CHUNK):
         count = min(CHUNK, rows - start)
@@ -262,12 +276,13 @@ def _one_round(
     def propose(above: DraftedLevel | None, count: int) -> Tensor:
         parents = roots[:, None] if above is None else above.expanded_tokens
         logits = pair.draft[parents]
-        adjust_draft(round_, logits, above)
+        adjust_draft(round_, logits, above, forms_of_roots)
         return rule.propose(logits, 1 if above is None else above.depth + 1, count)
 
+    forms_of_roots = pair.masks(ROOT_ALONE, roots[:, None])
     tokens = grow(round_.tree, roots, propose, pair.to_target)
     logits = pair.target[tokens]
-    raw = adjust_target(round_, logits, tokens)
+    raw = adjust_target(round_, logits, tokens, pair.masks(round_.tree, tokens))
     verdict = rule.accept(tokens, logits)
     settle(round_, logits, raw, verdict)
     return verdict.tokens, verdict.accepted

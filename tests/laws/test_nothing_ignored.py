@@ -116,8 +116,8 @@ CASES = {
         lambda b, a: b.prompt_logprobs is None and a.prompt_logprobs is not None, {}, True,
     ),
     "structured_outputs": Case(
-        {"structured_outputs": {"regex": "[d-n]*"}}, lambda b, a: set(text(a)) <= set("defghijklmn"),
-        {"ignore_eos": False},
+        {"structured_outputs": {"regex": "[d-n]*"}},
+        lambda _, a: set(text(a)) <= set("defghijklmn"), {"ignore_eos": False},
     ),
 }  # fmt: skip
 
