@@ -74,8 +74,13 @@ class Round:
         self.rule = rule_factory(self.round)
         self.tokens = state.roots[:, None]
 
-    def draft(self, roots: Tensor | None = None) -> Tensor:
-        """Tokens [B, N] of the tree; ``roots`` [B, 1, words] are the masks of its root."""
+    def draft(self, roots: Tensor | None = None, foreseen: Tensor | None = None) -> Tensor:
+        """Tokens [B, N] of the tree.
+
+        Args:
+            roots: [B, 1, words] the masks of its root, see ops.adjust_logits.
+            foreseen: [B, D] see grow; not used where the rule judges its own proposals alone.
+        """
         drafter, plane, tree = self.models.drafter, self.planes.draft, self.tree
         if drafter is not None and plane is not None:
             drafting = _Drafting(
@@ -84,8 +89,10 @@ class Round:
             if tree.shape.depth == 0:  # plain for now: the draft keeps up, for a round that drafts
                 drafting.resync()
             else:
-                to_target = drafter.head.to_target
-                self.tokens = grow(tree, self.state.roots, drafting.propose, to_target)
+                self.tokens = grow(
+                    tree, self.state.roots, drafting.propose, drafter.head.to_target,
+                    foreseen if self.rule.any_proposal else None,
+                )  # fmt: skip
         return self.tokens
 
     def verify(self) -> None:

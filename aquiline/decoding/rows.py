@@ -19,7 +19,7 @@ from aquiline.decoding.round import Round, RoundResult, decode_round
 from aquiline.decoding.state import DecodeState
 from aquiline.sampling.adjust import Adjustments
 from aquiline.sampling.batch import SamplingBatch
-from aquiline.speculation.tree import TreeTables
+from aquiline.speculation.tree import TreeShape, TreeTables
 from aquiline.speculation.verification.rules import RuleFactory
 
 
@@ -96,27 +96,30 @@ def advance(
 
 
 @dataclass(frozen=True)
-class Masks:
-    """What the forms of R texts allow, at addresses that graphs know; see ops.adjust_logits.
+class Forms:
+    """What the host says of R texts of a given form, at addresses that graphs know.
 
     Attributes:
-        roots: [R, 1, words] int32, after the root; needed before drafting.
-        nodes: [R, N, words] int32, after every node; needed before accepting.
+        roots: [R, 1, words] int32 masks after the roots, see ops.adjust_logits; and
+        foreseen: [R, D] int64, see grow: both are needed before drafting.
+        nodes: [R, N, words] int32 masks after every node; needed before accepting.
     """
 
     roots: Tensor
+    foreseen: Tensor
     nodes: Tensor
 
     @classmethod
-    def empty(cls, rows: int, nodes: int, vocab: int, device: torch.device) -> Masks:
-        """All tokens allowed."""
-        shape = rows, nodes, -(-vocab // 32)
-        masks = torch.full(shape, -1, dtype=torch.int32, device=device)
-        return cls(masks[:, :1].clone(), masks)
+    def empty(cls, rows: int, tree: TreeShape, vocab: int, device: torch.device) -> Forms:
+        """All tokens allowed, none foreseen."""
+        shape = rows, tree.size, -(-vocab // 32)
+        nodes = torch.full(shape, -1, dtype=torch.int32, device=device)
+        foreseen = torch.full((rows, tree.depth), -1, device=device)
+        return cls(nodes[:, :1].clone(), foreseen, nodes)
 
 
 class StagedRound:
-    """``advance`` in three stages, under masks."""
+    """``advance`` in three stages, for texts of a given form."""
 
     def __init__(
         self,
@@ -125,10 +128,10 @@ class StagedRound:
         tree: TreeTables,
         rule: RuleFactory,
         rows: DeviceRows,
-        masks: Masks,
+        forms: Forms,
     ) -> None:
         self.models, self.planes, self.tree, self.rule = models, planes, tree, rule
-        self.rows, self.masks = rows, masks
+        self.rows, self.forms = rows, forms
         self._round: Round | None = None
 
     @torch.inference_mode()
@@ -139,7 +142,7 @@ class StagedRound:
             self.models, self.planes, self.tree, self.rule, rows.page_table, rows.state,
             rows.sampling,
         )  # fmt: skip
-        return self._round.draft(self.masks.roots)
+        return self._round.draft(self.forms.roots, self.forms.foreseen)
 
     @torch.inference_mode()
     def verify(self) -> None:
@@ -149,7 +152,7 @@ class StagedRound:
     @torch.inference_mode()
     def accept(self) -> Emitted:
         assert self._round is not None, "draft comes first"
-        result, self._round = self._round.accept(self.masks.nodes), None
+        result, self._round = self._round.accept(self.forms.nodes), None
         return _emit(self.rows, result)
 
 

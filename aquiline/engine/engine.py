@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Sequence as Tokens
-from functools import cached_property
+from functools import cached_property, partial
 
 from aquiline.core.errors import AquilineError
 from aquiline.core.guided_params import StructuredOutput
@@ -73,8 +73,9 @@ class Engine:
 
         Another thread may ``compile`` a form ahead of ``add_request``, which then finds it done.
         """
-        vocab = self.runner.models.target.config.vocab_size
-        return Grammars(self.tokenizer.token_bytes(), vocab, self.tokenizer.eos_token_ids)
+        tokenizer, vocab = self.tokenizer, self.runner.models.target.config.vocab_size
+        spell = partial(tokenizer.encode, add_special_tokens=False)
+        return Grammars(tokenizer.token_bytes(), vocab, tokenizer.eos_token_ids, spell)
 
     @property
     def has_work(self) -> bool:

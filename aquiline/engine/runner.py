@@ -21,7 +21,7 @@ from aquiline.decoding.guided import GuidedRound
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.prefill import prefill
 from aquiline.decoding.prompt_scores import prompt_logprobs
-from aquiline.decoding.rows import DeviceRows, Emitted, Masks, StagedRound, advance
+from aquiline.decoding.rows import DeviceRows, Emitted, Forms, StagedRound, advance
 from aquiline.engine.scheduler import Batch
 from aquiline.engine.sequence import Sequence
 from aquiline.engine.ticket import Ticket
@@ -263,8 +263,8 @@ class Runner:
 
     def _guided_round(self, tree: int, rows: DeviceRows) -> GuidedRound:
         tables, device = self.trees[tree], self.models.device
-        masks = Masks.empty(len(rows.active), tables.shape.size, self.adjustments.vocab, device)
-        stages = StagedRound(self.models, self.planes, tables, self.rule, rows, masks)
+        forms = Forms.empty(len(rows.active), tables.shape, self.adjustments.vocab, device)
+        stages = StagedRound(self.models, self.planes, tables, self.rule, rows, forms)
         return GuidedRound(stages, self._pool)
 
     def _padding(self, size: int) -> DeviceRows:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aquiline.core.params import SamplingParams
 from aquiline.evaluation.oracle import TextLaw
-from aquiline.sampling.adjust import Adjustments
+from aquiline.sampling.adjust import Adjustments, bit_words
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.adjusting import adjust_draft, adjust_target, settle
 from aquiline.speculation.drafting import DraftedLevel, grow
@@ -137,6 +137,18 @@ class MarkovPair:
         """Draft vocabulary ids -> target token ids."""
         return ids if self.draft_ids is None else self.draft_ids[ids]
 
+    def foreseen(self, roots: Tensor, depth: int) -> Tensor | None:
+        """[B, depth] tokens that alone may follow, one after another, then -1."""
+        if self.form is None:
+            return None
+        alone, last = self.form.sum(dim=-1) == 1, roots
+        known, found = torch.ones_like(roots, dtype=torch.bool), []
+        for _ in range(depth):
+            known = known & alone[last]
+            last = self.form[last].int().argmax(dim=-1)
+            found.append(torch.where(known, last, -1))
+        return torch.stack(found, dim=1)
+
     def masks(self, tree: TreeTables, tokens: Tensor) -> Tensor | None:
         """The form's masks of every node [B, N, words]; empty where the form excludes the node."""
         if self.form is None:
@@ -145,8 +157,7 @@ class MarkovPair:
         for node in range(1, tree.shape.size):
             above = allowed[:, tree.shape.parents[node]]
             allowed[:, node] &= above.gather(1, tokens[:, node, None])
-        bits = torch.nn.functional.pad(allowed.long(), (0, -allowed.shape[-1] % 32))
-        return (bits.unflatten(-1, (-1, 32)) << torch.arange(32)).sum(dim=-1).int()
+        return bit_words(allowed)
 
 
 @dataclass(frozen=True)
@@ -280,7 +291,8 @@ def _one_round(
         return rule.propose(logits, 1 if above is None else above.depth + 1, count)
 
     forms_of_roots = pair.masks(ROOT_ALONE, roots[:, None])
-    tokens = grow(round_.tree, roots, propose, pair.to_target)
+    foreseen = pair.foreseen(roots, round_.tree.shape.depth) if rule.any_proposal else None
+    tokens = grow(round_.tree, roots, propose, pair.to_target, foreseen)
     logits = pair.target[tokens]
     raw = adjust_target(round_, logits, tokens, pair.masks(round_.tree, tokens))
     verdict = rule.accept(tokens, logits)

@@ -31,6 +31,14 @@ class GuidedBatch:
         nothing = torch.zeros(len(self._matchers), 1, dtype=torch.int64)
         return self.masks(ROOT, nothing, pinned)
 
+    def foreseen(self, depth: int, pinned: bool = False) -> Tensor:
+        """[B, depth] int64: tokens that are likely to come, then -1; see Matcher.foreseen."""
+        foreseen = torch.full((len(self._matchers), depth), -1, pin_memory=pinned)
+        for matcher, row in zip(self._matchers, foreseen, strict=True):
+            tokens = [] if matcher is None else matcher.foreseen(depth)
+            row[: len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+        return foreseen
+
     def masks(self, tree: TreeShape, tokens: Tensor, pinned: bool = False) -> Tensor:
         """The tokens allowed after every node, [B, N, words] int32 on the CPU.
 

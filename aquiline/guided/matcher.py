@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from aquiline.guided.grammar import Grammar, mask_words
+from aquiline.guided.grammar import Grammar
 from aquiline.speculation.tree import TreeShape
 
 
@@ -71,23 +71,17 @@ class Matcher:
                 assert token in self._grammar.end_tokens, f"token {token} is against its mask"
                 self.finished = self.stuck = True
 
-    def forced(self, limit: int) -> list[int]:
-        """The tokens that must come next, one after another, ``limit`` at most.
-
-        A token is forced if it is the only one allowed; an end token can be, and is the last.
-        """
-        found: list[int] = []
-        row = torch.zeros(1, mask_words(self._grammar.vocab_size), dtype=torch.int32)
-        while len(found) < limit and not (self.finished or self._state.is_terminated()):
-            self._state.fill_next_token_bitmask(row)
-            token = _only_token(row[0])
-            if token is None:
-                break
-            self._state.accept_token(token)
-            found.append(token)
-        if found:
-            self._state.rollback(len(found))
-        return found
+    def foreseen(self, limit: int) -> list[int]:
+        """Tokens that are likely to come, ``limit`` at most: the usual spelling of the characters
+        that the grammar leaves no choice of. Its last token is left out, as it may be said in one
+        with what follows."""
+        if self.finished:
+            return []
+        try:
+            text = self._state.find_jump_forward_string()
+        except UnicodeDecodeError:  # inside a character
+            return []
+        return list(self._grammar.spell(text)[:-1][:limit]) if text else []
 
 
 @lru_cache(maxsize=64)
@@ -104,12 +98,3 @@ def _links(tree: TreeShape) -> tuple[Tensor, Tensor]:
 
 def _allows(words: NDArray[np.int32], token: int) -> bool:
     return bool(words[token // 32] >> (token % 32) & 1)
-
-
-def _only_token(row: Tensor) -> int | None:
-    """The one token that a mask [words] allows; None if it allows several."""
-    words = row.nonzero()
-    if len(words) != 1:
-        return None
-    bits = int(row[words[0, 0]]) & 0xFFFFFFFF
-    return None if bits & (bits - 1) else 32 * int(words[0, 0]) + bits.bit_length() - 1

@@ -10,7 +10,7 @@ from aquiline.core.params import SamplingParams
 from aquiline.decoding.guided import GuidedRound
 from aquiline.decoding.models import DecoderModels
 from aquiline.decoding.prefill import prefill
-from aquiline.decoding.rows import DeviceRows, Masks, StagedRound
+from aquiline.decoding.rows import DeviceRows, Forms, StagedRound
 from aquiline.decoding.state import DecodeState
 from aquiline.guided.batch import GuidedBatch
 from aquiline.guided.grammar import Grammar
@@ -59,9 +59,9 @@ def guided_texts(
     state.store(torch.arange(len(prompts)), first)
     texts: list[list[int]] = [[] for _ in prompts]
     rows = DeviceRows(state, sampling, page_table, torch.ones(len(prompts), dtype=torch.bool))
-    masks = Masks.empty(len(prompts), tree.size, vocab, cpu)
+    forms = Forms.empty(len(prompts), tree, vocab, cpu)
     rule = RULES["coupled"]
-    round_ = GuidedRound(StagedRound(models, planes, tree.tables(cpu), rule, rows, masks))
+    round_ = GuidedRound(StagedRound(models, planes, tree.tables(cpu), rule, rows, forms))
     rounds = 0
     while not all(map(_ended, matchers, texts, [max_tokens] * len(texts))):
         emitted = [row[: accepted + 1] for accepted, *row in round_.run(batch).tokens.tolist()]

@@ -40,7 +40,8 @@ PARAMS = SamplingParams(temperature=2.0, top_p=0.98)
 @pytest.fixture(scope="module")
 def tiny_grammar():
     tokens = [letter.encode() for letter in LETTERS] + [b'{"', b'":', b"name"]
-    return Grammars(tokens, TINY_VOCAB, [TINY_END]).compile(StructuredOutput(json=SCHEMA))
+    store = Grammars(tokens, TINY_VOCAB, [TINY_END], lambda text: [*map(LETTERS.index, text)])
+    return store.compile(StructuredOutput(json=SCHEMA))
 
 
 def text_of(tokens: list[int]) -> str:
@@ -59,6 +60,13 @@ def test_rows_without_a_grammar_are_all_ones():
     alone = torch.empty_like(masks[1])
     matcher.fill(tree, tokens[1], alone)
     assert torch.equal(masks[1], alone)
+
+
+def test_what_is_foreseen_by_row():
+    matchers = [None, Matcher(compiled(regex="abc")), Matcher(compiled(regex="a+"))]
+    foreseen = GuidedBatch(matchers, VOCAB).foreseen(3)
+    assert foreseen.tolist() == [[-1] * 3, [*tokens_of("ab"), -1], [-1] * 3]
+    assert GuidedBatch(matchers, VOCAB).foreseen(0).shape == (3, 0)
 
 
 def test_roots_are_what_may_come_next():
@@ -109,7 +117,10 @@ def test_a_real_model_writes_valid_objects(temperature):
     )
     tokenizer, models = loaded.tokenizer, loaded.models
     store = Grammars(
-        tokenizer.token_bytes(), models.target.config.vocab_size, tokenizer.eos_token_ids
+        tokenizer.token_bytes(),
+        models.target.config.vocab_size,
+        tokenizer.eos_token_ids,
+        tokenizer.encode,
     )
     grammar = store.compile(StructuredOutput(json=SCHEMA))
     asked = [

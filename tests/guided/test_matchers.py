@@ -105,7 +105,7 @@ def test_after_the_end_only_end_tokens_are_allowed():
     matcher.advance([ord("a"), END, ord("z"), 3])  # what follows the end is nobody's
     assert matcher.finished
     assert filled(matcher, TreeShape.chain(2), [0, ord("a"), END]) == [{END}] * 3
-    assert matcher.forced(4) == []
+    assert matcher.foreseen(4) == []
 
 
 def test_an_emitted_token_that_its_mask_forbids_is_our_fault():
@@ -116,7 +116,7 @@ def test_an_emitted_token_that_its_mask_forbids_is_our_fault():
 @pytest.mark.parametrize("dead", ['"z"', 'x\nx ::= x "b"'])
 def test_where_nothing_can_follow_the_text_is_given_up(dead):
     """A character that no token spells, a rule that never ends: only an end token is left."""
-    store = Grammars([b"a", b"b", b""], 3, [2])
+    store = Grammars([b"a", b"b", b""], 3, [2], list)
     matcher = Matcher(store.compile(StructuredOutput(grammar=f'root ::= "a" | "b" {dead}')))
     assert filled(matcher, TreeShape.chain(2), [0, 1, 1], 1) == [{0, 1}, {2}, set()]
     matcher.advance([1])
@@ -126,18 +126,16 @@ def test_where_nothing_can_follow_the_text_is_given_up(dead):
     assert (matcher.finished, matcher.stuck) == (True, True)
 
 
-def test_forced_tokens():
-    matcher = Matcher(compiled(regex="xyz[ab]cd"))
-    assert matcher.forced(8) == tokens_of("xyz")
-    assert matcher.forced(2) == tokens_of("xy")
-    assert matcher.forced(0) == []
+def test_what_is_foreseen_is_the_usual_spelling_without_its_last_token():
+    matcher = Matcher(compiled(regex="xyz[ab]cd\u20acf"))
+    assert matcher.foreseen(8) == tokens_of("xy")
+    assert matcher.foreseen(1) == tokens_of("x")
+    assert matcher.foreseen(0) == []
     matcher.advance(tokens_of("xyz"))
-    assert matcher.forced(8) == []
-    matcher.advance(tokens_of("a"))
-    assert matcher.forced(8) == [*tokens_of("cd"), END]
-    assert next_tokens(matcher) == {ord("c")}
-
-
-def test_a_text_that_several_tokens_spell_is_not_forced():
-    matcher = Matcher(compiled(regex="name"))  # "n", "na" or "name"
-    assert matcher.forced(8) == []
+    assert matcher.foreseen(8) == []
+    matcher.advance(tokens_of("acd"))
+    assert matcher.foreseen(8) == tokens_of("\u20ac")
+    matcher.advance(tokens_of("\u20ac")[:1])  # inside a character
+    assert matcher.foreseen(8) == []
+    matcher.advance([*tokens_of("\u20ac")[1:], *tokens_of("f"), END])
+    assert matcher.foreseen(8) == []

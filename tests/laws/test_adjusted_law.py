@@ -257,6 +257,22 @@ def test_rejects_the_mask_of_a_nodes_parent(monkeypatch, rule):
     _assert_rejected(FORMS["form"], rule=rule, pair=FORMED)
 
 
+def test_foresight_that_is_wrong_costs_speed_alone(monkeypatch):
+    """Any tokens: exact where a rule says so, and one that says so wrongly is found out."""
+
+    class Careless(MultiRound):
+        any_proposal = True
+
+    def wrong(pair, roots, depth):
+        return (roots[:, None] * 3 + torch.arange(depth)) % (VOCAB + 1) - 1
+
+    right = fit_of(FORMS["form"], "bushy", RULES["coupled"], 20_000, FORMED)
+    monkeypatch.setattr(MarkovPair, "foreseen", wrong)
+    fit = assert_fits(FORMS["form"], "bushy", "coupled", 20_000, FORMED)
+    assert fit.tokens_per_round < right.tokens_per_round - 0.1
+    _assert_rejected(FORMS["form"], "bushy", Careless, pair=FORMED)
+
+
 def test_rejects_a_filtered_draft_that_reports_its_unfiltered_distribution(monkeypatch):
     raw = []
 

@@ -119,3 +119,28 @@ def test_grow_gives_every_node_its_rank_of_its_parents_children(shape, seed):
             ranked = table[said[path[:-1]]].argsort(descending=True)
             said[path] = int(ranked[path[-1]]) + 100
         assert tokens[row].tolist() == [said[path] for path in ((), *shape.paths)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(shape=trees(), data=st.data())
+def test_what_is_foreseen_goes_down_the_first_children(shape, data):
+    """Siblings differ all the same, and other nodes are the draft's."""
+    foreseen = [data.draw(st.integers(0, 5)) for _ in range(shape.depth)]
+    known = data.draw(st.integers(0, shape.depth))
+
+    def propose(above, count):
+        return torch.arange(count).expand(2, 1 if above is None else above.expanded_tokens.shape[1],
+                                          count)  # fmt: skip
+
+    row = torch.tensor([foreseen[:known] + [-1] * (shape.depth - known), [-1] * shape.depth])
+    tokens, free = grow(
+        shape.tables(CPU), torch.tensor([7, 7]), propose, lambda ids: ids, row
+    ).tolist()
+    assert free == [7, *(path[-1] for path in shape.paths)]
+    for node, path in enumerate(shape.paths, start=1):
+        children = [tokens[child] for child in shape.children[node - 1]]
+        assert len(set(children)) == len(children)
+        if not any(path) and len(path) <= known:
+            assert tokens[node] == foreseen[len(path) - 1]
+        elif any(path[:-1]):
+            assert tokens[node] == free[node]
