@@ -11,7 +11,7 @@ likeliest text is not known without a model, so the next token is drawn from tho
 
 ``--engine`` has the model answer instead, 512 tokens at most, plainly and with its draft: how many
 answers are valid and how many cut at the limit, whether a seed's text is plain decoding's (fp32),
-and tokens per call under the schema and, of the same prompts, without one.
+and tokens per call under the schema, under it without foresight, and of the same prompts free.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from aquiline.core.guided_params import StructuredOutput
 from aquiline.core.outputs import CompletionOutput, RequestOutput
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
-from aquiline.guided.grammar import Grammar, Grammars, mask_words
+from aquiline.guided.grammar import Grammar, Grammars, Spell, mask_words
 from aquiline.guided.matcher import Matcher
 from aquiline.models.registry import resolve
 from aquiline.speculation.tree import TreeShape
-from aquiline.text.tokenizer import load_tokenizer
+from aquiline.text.tokenizer import Tokenizer, load_tokenizer
 from benchmarks.common import stamp, write_result
 
 FILES = ("simple_python", "live_simple", "simple_java", "simple_javascript")
@@ -136,6 +136,12 @@ class Compiled:
     failures: dict[str, str]
 
 
+def grammars_of(tokenizer: Tokenizer, spell: Spell) -> Grammars:
+    """Of a model whose vocabulary is its tokenizer's."""
+    tokens, size = tokenizer.token_bytes(), tokenizer.vocab_size
+    return Grammars(tokens, size, tokenizer.eos_token_ids, spell)
+
+
 def compile_all(store: Grammars, calls: Sequence[ToolCall]) -> Compiled:
     grammars, times, failures = {}, [], {}
     for call in calls:
@@ -223,6 +229,8 @@ def through_engine(calls: Sequence[ToolCall], options: argparse.Namespace) -> di
         )  # fmt: skip
         if tree is not None:
             rows[-1]["tpc_without_a_form"] = tokens_per_call(answers(llm, prompts, free)[0])
+            llm.engine.grammars = grammars_of(llm.tokenizer, lambda _: ())
+            rows[-1]["tpc_without_foresight"] = tokens_per_call(answers(llm, prompts, under)[0])
         print(rows[-1], flush=True)
     return {"temperature": options.temperature, "dtype": options.dtype, "rows": rows}
 
@@ -255,9 +263,7 @@ def main() -> None:
         write_result(args.out, {"model": args.model, **through_engine(calls, args), **stamp()})
         return
     tokenizer = load_tokenizer(resolve(args.model))
-    store = Grammars(
-        tokenizer.token_bytes(), tokenizer.vocab_size, tokenizer.eos_token_ids, tokenizer.encode
-    )
+    store = grammars_of(tokenizer, tokenizer.encode)
     calls = list(tool_calls(args.data))
     compiled = compile_all(store, calls)
     chance = random.Random(0)

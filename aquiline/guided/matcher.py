@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
 import numpy as np
@@ -81,7 +81,8 @@ class Matcher:
             text = self._state.find_jump_forward_string()
         except UnicodeDecodeError:  # inside a character
             return []
-        return list(self._grammar.spell(text)[:-1][:limit]) if text else []
+        tokens = self._grammar.spell(text)[:-1][:limit] if text else ()
+        return [*takewhile(lambda token: token < self._grammar.vocab_size, tokens)]
 
 
 @lru_cache(maxsize=64)

@@ -17,48 +17,20 @@ from aquiline.core.params import SamplingParams
 from tests.tiny_checkpoint import CYCLE, IM_END
 from tests.tiny_engine import (
     CHAIN,
+    FORMS,
+    LETTERS,
+    SCHEMA,
     SHAPES,
     TREE,
     Make,
     assert_idle,
     count_preemptions,
-    mixed_params,
+    forms_and_none,
     prompts,
     said,
 )
 
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "pattern": "^[a-z ]{0,8}$"},
-        "age": {"type": "integer", "minimum": 0, "maximum": 99},
-        "tag": {"enum": ["a", "be", None]},
-    },
-    "required": ["name", "tag"],
-}
-LETTERS = r"[a-z]{3}(b|c[d-m]+)(nop|q)*r"
-FORMS: list[dict[str, Any]] = [
-    {"json": SCHEMA},
-    {"regex": LETTERS},
-    {"choice": ["abc", "abd", "b", "abcdef"]},
-    {"grammar": 'root ::= "(" root ")" | [x-z] root | "o"'},
-    {"json_object": True},
-]
 WARM = SamplingParams(temperature=2.0, top_p=0.95, max_tokens=70)
-
-
-def forms_and_none(count: int, limit: int = 70) -> list[SamplingParams]:
-    """Every form in turn, every fourth request without one, with parameters of their own."""
-    found = []
-    for i, params in enumerate(mixed_params(count)):
-        if i % 4:
-            form = FORMS[i % len(FORMS)]
-            params = replace(
-                params, structured_outputs=form, ignore_eos=False, min_tokens=0, logprobs=i % 3,
-                allowed_token_ids=None, banned_token_ids=(), stop_token_ids=(), max_tokens=limit,
-            )  # fmt: skip
-        found.append(params)
-    return found
 
 
 def assert_has_form(output: RequestOutput, form: dict[str, Any]) -> None:

@@ -11,7 +11,16 @@ from aquiline.core.guided_params import StructuredOutput
 from aquiline.guided.grammar import Grammars, mask_words
 from aquiline.guided.matcher import Matcher
 from aquiline.speculation.tree import POOL, TreeShape
-from tests.guided.forms import END, SPECIAL, VOCAB, allowed, compiled, next_tokens, tokens_of
+from tests.guided.forms import (
+    END,
+    SPECIAL,
+    TOKENS,
+    VOCAB,
+    allowed,
+    compiled,
+    next_tokens,
+    tokens_of,
+)
 
 WORDS = mask_words(VOCAB)
 SCHEMA = {
@@ -139,3 +148,8 @@ def test_what_is_foreseen_is_the_usual_spelling_without_its_last_token():
     assert matcher.foreseen(8) == []
     matcher.advance([*tokens_of("\u20ac")[1:], *tokens_of("f"), END])
     assert matcher.foreseen(8) == []
+
+
+def test_a_token_that_the_model_does_not_know_is_not_foreseen():
+    store = Grammars(TOKENS, VOCAB, [END], lambda text: [text[0].encode()[0], VOCAB, 5, 6])
+    assert Matcher(store.compile(StructuredOutput(regex="abc"))).foreseen(3) == [ord("a")]
