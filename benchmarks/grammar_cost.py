@@ -6,8 +6,8 @@ bf16, random weights, an EAGLE-3 draft, temperature 1, a seed for each prompt. T
 objects without an end; its vocabulary is that of a real tokenizer, over and over. "none" is the
 limit: one graph, and the CPU a round ahead. Under "form" three graphs draw under masks that the
 host makes between them; "mixed" asks it of every other request. Rounds are compared, from one step
-to the next; a random draft accepts next to nothing, so tokens per call, and with them TTIT, tell
-what the form foresees. Configurations take turns on one engine.
+to the next; tokens per call, and with them TTIT, are those of flat random laws, under which the
+noise that draft and target share is accepted now and then. Configurations take turns on one engine.
 """
 
 from __future__ import annotations
