@@ -2,11 +2,16 @@
 
     pip install --no-deps bfcl-eval==2026.3.23      (Apache-2.0; read at run time, not shipped)
     python -m benchmarks.tool_schemas --model smollm2-135m-instruct
+    python -m benchmarks.tool_schemas --engine --trees chain-3 tree-8 --limit 40
 
 The package's requests each come with one function. Its types are those of Python, Java and
 JavaScript; here they become JSON Schema. The text asked for is {"name": ..., "arguments": {...}}.
 Masks are timed along texts that the grammar allows, each token with two siblings beside it: the
 likeliest text is not known without a model, so the next token is drawn from those allowed.
+
+``--engine`` has the model answer instead, 512 tokens at most, plainly and with its draft: how many
+answers are valid and how many cut at the limit, whether a seed's text is plain decoding's (fp32),
+and tokens per call under the schema, under it without foresight, and of the same prompts free.
 """
 
 from __future__ import annotations
@@ -16,21 +21,26 @@ import json
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import torch
 
 from aquiline.core.errors import AquilineError, DataError
 from aquiline.core.guided_params import StructuredOutput
-from aquiline.guided.grammar import Grammar, Grammars, mask_words
+from aquiline.core.outputs import CompletionOutput, RequestOutput
+from aquiline.core.params import SamplingParams
+from aquiline.engine.llm import LLM
+from aquiline.guided.grammar import Grammar, Grammars, Spell, mask_words
 from aquiline.guided.matcher import Matcher
 from aquiline.models.registry import resolve
 from aquiline.speculation.tree import TreeShape
-from aquiline.text.tokenizer import load_tokenizer
+from aquiline.text.tokenizer import Tokenizer, load_tokenizer
 from benchmarks.common import stamp, write_result
 
 FILES = ("simple_python", "live_simple", "simple_java", "simple_javascript")
@@ -126,6 +136,12 @@ class Compiled:
     failures: dict[str, str]
 
 
+def grammars_of(tokenizer: Tokenizer, spell: Spell) -> Grammars:
+    """Of a model whose vocabulary is its tokenizer's."""
+    tokens, size = tokenizer.token_bytes(), tokenizer.vocab_size
+    return Grammars(tokens, size, tokenizer.eos_token_ids, spell)
+
+
 def compile_all(store: Grammars, calls: Sequence[ToolCall]) -> Compiled:
     grammars, times, failures = {}, [], {}
     for call in calls:
@@ -158,6 +174,67 @@ def mask_microseconds(grammar: Grammar, chance: random.Random, limit: int) -> li
     return times
 
 
+def verdict(choice: CompletionOutput, schema: Mapping[str, Any]) -> str:
+    """ "valid", "cut" at the limit, or what is wrong: the first line of it."""
+    if choice.finish_reason != "stop":
+        return "cut" if choice.finish_reason == "length" else str(choice.finish_reason)
+    try:
+        jsonschema.validate(json.loads(choice.text), schema)
+    except (ValueError, jsonschema.ValidationError) as error:
+        return str(error).splitlines()[0]
+    return "valid"
+
+
+def answers(
+    llm: LLM, prompts: Sequence[list[int]], params: Sequence[SamplingParams]
+) -> tuple[list[RequestOutput], float]:
+    """What is said, and seconds."""
+    started = time.perf_counter()
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+    return outputs, time.perf_counter() - started
+
+
+def tokens_per_call(outputs: Sequence[RequestOutput]) -> float:
+    """Of all rounds together."""
+    rounds = sum(output.speculation.rounds for output in outputs)
+    return round(sum(output.speculation.tokens for output in outputs) / max(rounds, 1), 4)
+
+
+def through_engine(calls: Sequence[ToolCall], options: argparse.Namespace) -> dict[str, Any]:
+    """Every call plainly, then under each tree."""
+    base = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
+    free = [replace(base, seed=seed) for seed in range(len(calls))]
+    under = [
+        replace(one, structured_outputs={"json": call.schema})
+        for one, call in zip(free, calls, strict=True)
+    ]
+    rows: list[dict[str, Any]] = []
+    plain: list[tuple[int, ...]] = []
+    for tree in (None, *options.trees):
+        config = None if tree is None else {"tree": tree}
+        llm = LLM(options.model, options.dtype, config, max_num_seqs=options.batch)
+        prompts = [llm.tokenizer.encode_chat(list(call.messages)) for call in calls]
+        guided, seconds = answers(llm, prompts, under)
+        texts = [output.outputs[0].token_ids for output in guided]
+        plain = plain or texts
+        found = Counter(
+            verdict(output.outputs[0], call.schema)
+            for output, call in zip(guided, calls, strict=True)
+        )
+        rows.append(
+            {"tree": tree or "none", "answers": len(calls), "verdicts": dict(found),
+             "same_as_plain": sum(a == b for a, b in zip(texts, plain, strict=True)),
+             "tokens": sum(map(len, texts)), "seconds": round(seconds, 2),
+             "tpc": tokens_per_call(guided)}
+        )  # fmt: skip
+        if tree is not None:
+            rows[-1]["tpc_without_a_form"] = tokens_per_call(answers(llm, prompts, free)[0])
+            llm.engine.grammars = grammars_of(llm.tokenizer, lambda _: ())
+            rows[-1]["tpc_without_foresight"] = tokens_per_call(answers(llm, prompts, under)[0])
+        print(rows[-1], flush=True)
+    return {"temperature": options.temperature, "dtype": options.dtype, "rows": rows}
+
+
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """Median, 99th percentile and largest."""
     ordered = sorted(values)
@@ -172,9 +249,21 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the BFCL_v4_*.json files")
     parser.add_argument("--texts", type=int, default=50, help="schemas whose masks are timed")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--engine", action="store_true", help="have the model answer")
+    parser.add_argument("--limit", type=int, help="calls, spread over all of them")
+    parser.add_argument("--trees", nargs="+", default=["chain-3"])
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=8, help="rows of the engine")
     args = parser.parse_args()
+    if args.engine:
+        calls = list(tool_calls(args.data))
+        calls = calls[:: max(1, len(calls) // (args.limit or len(calls)))][: args.limit]
+        write_result(args.out, {"model": args.model, **through_engine(calls, args), **stamp()})
+        return
     tokenizer = load_tokenizer(resolve(args.model))
-    store = Grammars(tokenizer.token_bytes(), tokenizer.vocab_size, tokenizer.eos_token_ids)
+    store = grammars_of(tokenizer, tokenizer.encode)
     calls = list(tool_calls(args.data))
     compiled = compile_all(store, calls)
     chance = random.Random(0)

@@ -28,6 +28,23 @@ SHAPES = {
     "retrieving": {**TREE, "retrieval": 5},
 }
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[a-z ]{0,8}$"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+        "tag": {"enum": ["a", "be", None]},
+    },
+    "required": ["name", "tag"],
+}
+LETTERS = r"[a-z]{3}(b|c[d-m]+)(nop|q)*r"
+FORMS: list[dict[str, Any]] = [
+    {"json": SCHEMA},
+    {"regex": LETTERS},
+    {"choice": ["abc", "abd", "b", "abcdef"]},
+    {"grammar": 'root ::= "(" root ")" | [x-z] root | "o"'},
+    {"json_object": True},
+]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +128,20 @@ def mixed_params(count: int) -> list[SamplingParams]:
         )
         for i, length in enumerate(lengths)
     ]  # fmt: skip
+
+
+def forms_and_none(count: int, limit: int = 70) -> list[SamplingParams]:
+    """Every form in turn, every fourth request without one, with parameters of their own."""
+    found = []
+    for i, params in enumerate(mixed_params(count)):
+        if i % 4:
+            form = FORMS[i % len(FORMS)]
+            params = replace(
+                params, structured_outputs=form, ignore_eos=False, min_tokens=0, logprobs=i % 3,
+                allowed_token_ids=None, banned_token_ids=(), stop_token_ids=(), max_tokens=limit,
+            )  # fmt: skip
+        found.append(params)
+    return found
 
 
 def said(output: RequestOutput) -> tuple[tuple[int, ...], str, str | None]:

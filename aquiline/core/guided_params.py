@@ -55,6 +55,24 @@ class StructuredOutput:
         if size > MAX_GRAMMAR:
             raise AquilineError(f"{given[0]}: {size} characters; give at most {MAX_GRAMMAR}")
 
+    @classmethod
+    def of(cls, value: object) -> StructuredOutput:
+        """The same, or from a mapping of its fields; an unknown one is refused by name."""
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise AquilineError(
+                f"structured_outputs={value!r}: give a StructuredOutput, or a mapping such as "
+                "{'json': schema}"
+            )
+        known = [f.name for f in fields(cls)]
+        for name in value:
+            if name not in known:
+                raise AquilineError(
+                    f"structured_outputs: unknown field {name!r}; known are {known}"
+                )
+        return cls(**value)
+
     @property
     def field(self) -> str:
         """The name of the field that is given."""

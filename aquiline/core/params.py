@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from aquiline.core.errors import AquilineError
+from aquiline.core.guided_params import StructuredOutput
 
 VerificationRule = Literal["coupled", "multi-round", "target-only", "independent", "block"]
 # Rules that follow the child equal to the token drawn, whoever proposed it.
@@ -26,6 +27,8 @@ MAX_CHOICES = 128
 MAX_TEMPERATURE = 1e6
 MAX_SHOWN = 200  # characters of a refused value
 AUTO_TREE = "auto"
+# What would leave nothing to say where the form asks for a token, or go on after the form's end.
+AGAINST_A_FORM = ("min_tokens", "ignore_eos", "allowed_token_ids", "banned_token_ids", "bad_words")
 
 
 def _require(ok: bool, field: str, value: object, remedy: str) -> None:
@@ -107,6 +110,10 @@ class SamplingParams:
         logprobs: report every token's log-probability under the raw logits, and of so many of the
             likeliest tokens (0 to 20); None reports nothing.
         prompt_logprobs: the same of the prompt's tokens, the first one aside.
+        structured_outputs: the form of the whole text, or a mapping of its fields: tokens that
+            break it are banned, and an end token where it is not complete. A stop string or
+            ``max_tokens`` may still cut the text short; what else says which tokens may come, or
+            that none may end the text, is refused beside it.
     """
 
     max_tokens: int | None = 16
@@ -130,6 +137,7 @@ class SamplingParams:
     bad_words: tuple[str, ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutput | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         ids, texts = "give token ids, integers from 0", "give strings that are not empty"
@@ -196,6 +204,12 @@ class SamplingParams:
         )  # fmt: skip
         if self.logit_bias is not None:
             object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        if self.structured_outputs is not None:
+            form = StructuredOutput.of(self.structured_outputs)
+            object.__setattr__(self, "structured_outputs", form)
+            for name in AGAINST_A_FORM:
+                value, remedy = getattr(self, name), "structured_outputs says it; give one of them"
+                _require(value in (None, 0, ()), name, value, remedy)
 
 
 @dataclass(frozen=True)

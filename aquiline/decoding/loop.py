@@ -47,6 +47,7 @@ def decode_prompts(
     A prompt leaves the batch after the round in which it ends, so its last round may accept tokens
     past the end. The first token comes from the prefill and belongs to no round.
     """
+    assert params.structured_outputs is None, "nothing here makes masks"
     device, count = models.device, len(prompts)
     longest = max(map(len, prompts))
     pages = -(-(longest + max_tokens + 2 * shape.size) // PAGE_SIZE)

@@ -38,6 +38,7 @@ def prefill(
     counts: Tensor,
     sampling: SamplingBatch,
     start: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> Prefilled:
     """Run prompts to their end and draw first tokens.
 
@@ -45,6 +46,7 @@ def prefill(
         page_table: [B, M] pages with room for the prompts; M of them hold any ``start`` + T.
         tokens: [B, T] prompt tokens, padded on the right; ``counts`` [B] are valid.
         start: [B] tokens in front of them that both caches hold; None: none.
+        masks: [B, 1, ceil(V / 32)] what the forms of texts allow first, see ops.adjust_logits.
     """
     start = torch.zeros_like(counts) if start is None else start
     # Pair (t_{i+1}, h_i) for every i below the last; that one waits for the drawn token. A
@@ -56,7 +58,7 @@ def prefill(
 
     lengths = start + counts
     logits = models.target.logits(at_end(output.features))
-    first, logprobs = _first_tokens(logits, sampling, lengths[:, None])
+    first, logprobs = _first_tokens(logits, sampling, lengths[:, None], masks)
     pending = at_end(models.draft_features(output))
     state = DecodeState(lengths, first.squeeze(1), first, pending, torch.ones_like(lengths))
     return Prefilled(state, logprobs, output.features)
@@ -110,13 +112,13 @@ def _run(
 
 
 def _first_tokens(
-    logits: Tensor, sampling: SamplingBatch, positions: Tensor
+    logits: Tensor, sampling: SamplingBatch, positions: Tensor, masks: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Draw from logits [B, 1, V] the tokens at positions [B, 1]; count and score them."""
     table, slots = sampling.adjustments, sampling.slots
     raw = logits.clone() if sampling.logprobs else None
     if table is not None:
-        ops.adjust_logits(logits, table, slots, positions, None, None, None, None)
+        ops.adjust_logits(logits, table, slots, positions, None, None, None, masks, None)
     tokens = draw(logits, sampling, position_noise(sampling, positions, logits.shape[-1]))
     if table is not None:
         ops.count_tokens(table, slots, tokens, torch.ones_like(slots))

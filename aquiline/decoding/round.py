@@ -6,6 +6,9 @@
 
 Logits of draft and target are adjusted (penalties, bias, bans) before the rule sees them.
 
+A round has three stages, so that the host can look at the drafted tokens while the target runs and
+say what the forms of texts allow after each (decoding/guided.py). Without forms they are one.
+
 Slots past a request's length n hold the tree: node i of the target at n + i, node i of the draft at
 n + i - 1 (the draft has no root node: its pairs end at position n - 1). Written once, run eagerly;
 nothing here reads a tensor on the host except where the CPU trims padding.
@@ -46,6 +49,74 @@ class RoundResult:
     logprobs: Tensor | None
 
 
+class Round:
+    """One round of a batch: ``draft``, ``verify`` and ``accept`` once each, in this order.
+
+    Args:
+        page_table: [B, M]; every request owns slots for ``tree.shape.size`` tokens past its length.
+        state: see DecodeState; not modified.
+    """
+
+    def __init__(
+        self,
+        models: DecoderModels,
+        planes: Planes,
+        tree: TreeTables,
+        rule_factory: RuleFactory,
+        page_table: Tensor,
+        state: DecodeState,
+        sampling: SamplingBatch,
+    ) -> None:
+        self.models, self.planes, self.tree = models, planes, tree
+        self.page_table, self.state = page_table, state
+        after = state.lengths[:, None] + tree.steps
+        drafter = models.drafter
+        draft_ids = None if drafter is None else drafter.head.token_ids
+        self.round = RoundNoise(tree, sampling, after, models.target.config.vocab_size, draft_ids)
+        self.rule = rule_factory(self.round)
+        self.tokens = state.roots[:, None]
+
+    def draft(self, roots: Tensor | None = None, foreseen: Tensor | None = None) -> Tensor:
+        """Tokens [B, N] of the tree.
+
+        Args:
+            roots: [B, 1, words] the masks of its root, see ops.adjust_logits.
+            foreseen: [B, D] see grow; not used where the rule judges its own proposals alone.
+        """
+        drafter, plane, tree = self.models.drafter, self.planes.draft, self.tree
+        if drafter is not None and plane is not None:
+            drafting = _Drafting(
+                drafter, plane, self.round, self.rule, self.page_table, self.state, roots
+            )
+            if not tree.levels:  # plain for now: the draft keeps up, for the round that drafts
+                drafting.resync()
+            else:
+                self.tokens = grow(
+                    tree, self.state.roots, drafting.propose, drafter.head.to_target,
+                    foreseen if self.rule.any_proposal else None,
+                )  # fmt: skip
+        if self.planes.tokens is not None:
+            found = _retrieve(self.planes.tokens, tree, self.page_table, self.state)
+            self.tokens = torch.cat((self.tokens, found), dim=1)
+        return self.tokens
+
+    def verify(self) -> None:
+        """The target over the whole tree."""
+        self.features, self.logits = _verify(
+            self.models, self.planes.target, self.tree, self.page_table, self.state.lengths,
+            self.tokens,
+        )  # fmt: skip
+
+    def accept(self, masks: Tensor | None = None) -> RoundResult:
+        """What is emitted; ``masks`` [B, N, words] of every node, see ops.adjust_logits."""
+        lengths = self.state.lengths
+        raw = adjust_target(self.round, self.logits, self.tokens, masks)
+        verdict = self.rule.accept(self.tokens, self.logits)
+        logprobs = settle(self.round, self.logits, raw, verdict)
+        _commit_path(self.planes.target, self.tree, self.page_table, lengths, verdict)
+        return RoundResult(verdict, _next_state(lengths, self.features, verdict), logprobs)
+
+
 @torch.inference_mode()
 def decode_round(
     models: DecoderModels,
@@ -56,36 +127,11 @@ def decode_round(
     state: DecodeState,
     sampling: SamplingBatch,
 ) -> RoundResult:
-    """Advance every request of the batch by one round.
-
-    Args:
-        page_table: [B, M]; every request owns slots for ``tree.shape.size`` tokens past its length.
-        state: see DecodeState; not modified.
-    """
-    lengths = state.lengths
-    after = lengths[:, None] + tree.steps
-    vocab = models.target.config.vocab_size
-    drafter = models.drafter
-    draft_ids = None if drafter is None else drafter.head.token_ids
-    round_ = RoundNoise(tree, sampling, after, vocab, draft_ids)
-    rule = rule_factory(round_)
-
-    tokens = state.roots[:, None]
-    if drafter is not None and planes.draft is not None:
-        drafting = _Drafting(drafter, planes.draft, round_, rule, page_table, state)
-        if not tree.levels:  # plain for now: the draft keeps up, for the round that drafts
-            drafting.resync()
-        else:
-            tokens = grow(tree, state.roots, drafting.propose, drafter.head.to_target)
-    if planes.tokens is not None:
-        found = _retrieve(planes.tokens, tree, page_table, state)
-        tokens = torch.cat((tokens, found), dim=1)
-    features, logits = _verify(models, planes.target, tree, page_table, lengths, tokens)
-    raw = adjust_target(round_, logits, tokens)
-    verdict = rule.accept(tokens, logits)
-    logprobs = settle(round_, logits, raw, verdict)
-    _commit_path(planes.target, tree, page_table, lengths, verdict)
-    return RoundResult(verdict, _next_state(lengths, features, verdict), logprobs)
+    """A whole round of texts that may have any form; see Round."""
+    round_ = Round(models, planes, tree, rule_factory, page_table, state, sampling)
+    round_.draft()
+    round_.verify()
+    return round_.accept()
 
 
 def _retrieve(
@@ -161,9 +207,11 @@ class _Drafting:
         rule: Rule,
         page_table: Tensor,
         state: DecodeState,
+        roots: Tensor | None,
     ) -> None:
         self.drafter, self.plane, self.tree = drafter, plane, round_.tree
         self.round, self.rule, self.page_table, self.state = round_, rule, page_table, state
+        self._roots = roots
         self._features = state.pending_features[:, :1]  # [B, E, d] of the last pass
 
     def propose(self, above: DraftedLevel | None, count: int) -> Tensor:
@@ -174,7 +222,7 @@ class _Drafting:
             self._features = self._expand(above)
             depth = above.depth + 1
         logits = self.drafter.logits(self._features)
-        adjust_draft(self.round, logits, above)
+        adjust_draft(self.round, logits, above, self._roots)
         return self.rule.propose(logits, depth, count)
 
     def _run(self, tokens: Tensor, features: Tensor, positions: Tensor, plan: TreePlan) -> Tensor:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.models import DecoderModels, Planes
-from aquiline.decoding.round import decode_round
+from aquiline.decoding.round import Round, RoundResult, decode_round
 from aquiline.decoding.state import DecodeState
 from aquiline.sampling.adjust import Adjustments
 from aquiline.sampling.batch import SamplingBatch
-from aquiline.speculation.tree import TreeTables
+from aquiline.speculation.tree import TreeShape, TreeTables
 from aquiline.speculation.verification.rules import RuleFactory
 
 
@@ -92,6 +92,72 @@ def advance(
 ) -> Emitted:
     """One round of all rows, in place."""
     result = decode_round(models, planes, tree, rule, rows.page_table, rows.state, rows.sampling)
+    return _emit(rows, result)
+
+
+@dataclass(frozen=True)
+class Forms:
+    """What the host says of R texts of a given form, at addresses that graphs know.
+
+    Attributes:
+        roots: [R, 1, words] int32 masks after the roots, see ops.adjust_logits; and
+        foreseen: [R, D] int64, see grow: both are needed before drafting.
+        nodes: [R, N, words] int32 masks after every node; needed before accepting.
+    """
+
+    roots: Tensor
+    foreseen: Tensor
+    nodes: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, tree: TreeShape, vocab: int, device: torch.device) -> Forms:
+        """All tokens allowed, none foreseen."""
+        shape = rows, tree.size, -(-vocab // 32)
+        nodes = torch.full(shape, -1, dtype=torch.int32, device=device)
+        foreseen = torch.full((rows, tree.depth), -1, device=device)
+        return cls(nodes[:, :1].clone(), foreseen, nodes)
+
+
+class StagedRound:
+    """``advance`` in three stages, for texts of a given form."""
+
+    def __init__(
+        self,
+        models: DecoderModels,
+        planes: Planes,
+        tree: TreeTables,
+        rule: RuleFactory,
+        rows: DeviceRows,
+        forms: Forms,
+    ) -> None:
+        self.models, self.planes, self.tree, self.rule = models, planes, tree, rule
+        self.rows, self.forms = rows, forms
+        self._round: Round | None = None
+
+    @torch.inference_mode()
+    def draft(self) -> Tensor:
+        """Tokens [R, N] of the trees."""
+        rows = self.rows
+        self._round = Round(
+            self.models, self.planes, self.tree, self.rule, rows.page_table, rows.state,
+            rows.sampling,
+        )  # fmt: skip
+        return self._round.draft(self.forms.roots, self.forms.foreseen)
+
+    @torch.inference_mode()
+    def verify(self) -> None:
+        assert self._round is not None, "draft comes first"
+        self._round.verify()
+
+    @torch.inference_mode()
+    def accept(self) -> Emitted:
+        assert self._round is not None, "draft comes first"
+        result, self._round = self._round.accept(self.forms.nodes), None
+        return _emit(self.rows, result)
+
+
+def _emit(rows: DeviceRows, result: RoundResult) -> Emitted:
+    """Write the new state in place."""
     # A padding row stays where it is: with room before it for the pairs that it feeds.
     lengths = torch.where(rows.active, result.state.lengths, rows.state.room)
     rows.state.copy(replace(result.state, lengths=lengths), len(rows.active))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import secrets
 from collections import deque
 from collections.abc import Sequence as Tokens
+from functools import cached_property, partial
 
 from aquiline.core.errors import AquilineError
+from aquiline.core.guided_params import StructuredOutput
 from aquiline.core.outputs import RequestOutput
 from aquiline.core.params import MAX_SEED, SamplingParams
 from aquiline.core.request import Request
@@ -18,6 +20,7 @@ from aquiline.engine.runner import Runner
 from aquiline.engine.scheduler import Scheduler
 from aquiline.engine.sequence import Said, Sequence, StepTokens
 from aquiline.engine.ticket import Ticket
+from aquiline.guided.grammar import Grammars
 from aquiline.kvcache.pages import PageAllocator
 from aquiline.kvcache.prefix import PrefixCache
 from aquiline.kvcache.table import PageTable
@@ -67,6 +70,16 @@ class Engine:
             return []
         return list(self._flight.popleft().collect())
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Compiled forms; made when a request first has one: a large vocabulary takes a second.
+
+        Another thread may ``compile`` a form ahead of ``add_request``, which then finds it done.
+        """
+        tokenizer, vocab = self.tokenizer, self.runner.models.target.config.vocab_size
+        spell = partial(tokenizer.encode, add_special_tokens=False)
+        return Grammars(tokenizer.token_bytes(), vocab, tokenizer.eos_token_ids, spell)
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
@@ -91,6 +104,8 @@ class Engine:
         if not all(0 <= token < vocab for token in prompt_token_ids):
             raise AquilineError(f"prompt_token_ids: a token is outside the vocabulary of {vocab}")
         params = admit(params, self.tokenizer, vocab, limit - count)
+        form = params.structured_outputs
+        grammar = self.grammars.compile(form) if isinstance(form, StructuredOutput) else None
         self._next_id += 1
         seed = secrets.randbelow(MAX_SEED) if params.seed is None else params.seed
         request = Request(self._next_id, tuple(prompt_token_ids), params, seed)
@@ -104,6 +119,7 @@ class Engine:
                 ),
                 end_tokens(params, self.tokenizer),
                 min(params.max_tokens or limit, limit - count),
+                grammar,
             )
             for index in range(params.n)
         )

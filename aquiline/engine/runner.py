@@ -17,14 +17,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from aquiline.decoding.graph import RoundGraph
+from aquiline.decoding.graph import RoundGraph, capture
+from aquiline.decoding.guided import GuidedRound
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.prefill import prefill, prefill_chunk
 from aquiline.decoding.prompt_scores import prompt_logprobs
-from aquiline.decoding.rows import DeviceRows, Emitted, advance
+from aquiline.decoding.rows import DeviceRows, Emitted, Forms, StagedRound, advance
 from aquiline.engine.scheduler import Batch, Stretch
 from aquiline.engine.sequence import Sequence
 from aquiline.engine.ticket import Ticket
+from aquiline.guided.batch import GuidedBatch
 from aquiline.sampling.adjust import Adjustments
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.dispatch.dispatcher import BATCH_BUCKETS, TreeChooser
@@ -71,7 +73,9 @@ class Runner:
         self.ahead = 1 if self.cuda else 0
         self._pool = torch.cuda.graph_pool_handle() if self.cuda else None
         self._batches: dict[int, DeviceRows] = {}
-        self._graphs: dict[tuple[int, int], RoundGraph] = {}
+        self._graphs: dict[tuple[int, int], RoundGraph[Emitted]] = {}
+        self._guided: dict[tuple[int, int], GuidedRound] = {}
+        self._latest: Ticket | None = None  # the only one that may be in flight at a launch
         self._resident: tuple[int, tuple[int, ...]] | None = None
         self._buffers: dict[tuple[str, tuple[int, ...]], list[Tensor]] = {}
         self._sampling: tuple[tuple[Sequence, ...], SamplingBatch] | None = None
@@ -99,9 +103,13 @@ class Runner:
         """Enqueue the batch's work; nothing is read back. None if there is none."""
         for source, target in batch.copies:
             self.planes.copy_page(source, target)
+        ticket = None
         if batch.prefills:
-            return self._prefill(batch.prefills)
-        return self._round(batch.decodes, batch.tree) if batch.decodes else None
+            ticket = self._prefill(batch.prefills)
+        elif batch.decodes:
+            ticket = self._round(batch.decodes, batch.tree)
+        self._latest = ticket or self._latest
+        return ticket
 
     # ---------------------------------------------------------------------------------- launching
 
@@ -146,10 +154,12 @@ class Runner:
                 sequence.end_tokens,
             )  # fmt: skip
             sequence.launched(0)
+            sequence.enter()
         self._sampling = None  # rows may have changed
         done = prefill(
             self.models, self.planes, page_table, tokens, counts,
             self._sampling_of(sequences, rows), start,
+            self._first_masks(sequences),
         )  # fmt: skip
         self.rows.state.store(rows, done.state)
         said = torch.stack((torch.full_like(done.state.roots, -1), done.state.roots), dim=1)
@@ -172,16 +182,39 @@ class Runner:
                 before = self._prompt_scores.get(sequence, []) if start else []
                 self._prompt_scores[sequence] = [*before, found]
 
+    def _first_masks(self, sequences: tuple[Sequence, ...]) -> Tensor | None:
+        forms = self._forms(sequences, len(sequences))
+        if forms is None:
+            return None
+        return forms.roots(pinned=self.cuda).to(self.models.device, non_blocking=True)
+
+    def _forms(self, sequences: tuple[Sequence, ...], rows: int) -> GuidedBatch | None:
+        """The forms of the texts, ``rows`` with the padding; None if no text has one."""
+        matchers = [sequence.matcher for sequence in sequences]
+        if not any(matchers):
+            return None
+        padding = [None] * (rows - len(matchers))
+        return GuidedBatch([*matchers, *padding], self.adjustments.vocab)
+
+    def _hear(self) -> None:
+        """Have grammars follow what is in flight, which is waited for. The scheduler settles those
+        tokens later, under the round that is about to be launched."""
+        if self._latest is not None:
+            for _, sequence, said in self._latest.said():
+                if sequence.tickets:
+                    sequence.hear(said)
+
     def _round(self, sequences: tuple[Sequence, ...], tree: int) -> Ticket:
         tables = self.trees[tree]
+        size = bucket_of(len(sequences), self.max_rows) if self.cuda else len(sequences)
+        forms = self._forms(sequences, size)
+        if forms is not None:
+            self._hear()
         for sequence in sequences:
             sequence.launched(tables.shape.depth + 1)
         index = tuple(sequence.row for sequence in sequences if sequence.row is not None)
         if self.cuda:
-            size = bucket_of(len(index), self.max_rows)
-            graph = self._graph(size, tree)
-            self._make_resident(size, index, sequences)
-            emitted = graph.replay()
+            emitted = self._replay(size, tree, index, sequences, forms)
         else:
             rows = self._tensor(index)
             pages = self._tensor(_padded([sequence.table.pages for sequence in sequences]))
@@ -189,9 +222,30 @@ class Runner:
                 self.rows.state.select(rows), self._sampling_of(sequences, rows), pages,
                 torch.ones_like(rows, dtype=torch.bool),
             )  # fmt: skip
-            emitted = advance(self.models, self.planes, tables, self.rule, batch)
+            emitted = (
+                advance(self.models, self.planes, tables, self.rule, batch)
+                if forms is None
+                else self._guided_round(tree, batch).run(forms)
+            )
             self.rows.state.store(rows, batch.state)
         return self._ticket(sequences, emitted, tables.shape)
+
+    def _replay(
+        self,
+        size: int,
+        tree: int,
+        index: tuple[int, ...],
+        sequences: tuple[Sequence, ...],
+        forms: GuidedBatch | None,
+    ) -> Emitted:
+        """The round as one graph, or under forms as three; captured if it is the first."""
+        if forms is None:
+            graph = self._graph(size, tree)
+            self._make_resident(size, index, sequences)
+            return graph.replay()
+        guided = self._guided_graphs(size, tree)
+        self._make_resident(size, index, sequences)
+        return guided.run(forms)
 
     def _make_resident(
         self, size: int, index: tuple[int, ...], sequences: tuple[Sequence, ...]
@@ -220,21 +274,35 @@ class Runner:
             self.rows.state.store(self._tensor(index), state)
             self._resident = None
 
-    def _graph(self, size: int, tree: int) -> RoundGraph:
+    def _graph(self, size: int, tree: int) -> RoundGraph[Emitted]:
         if (size, tree) not in self._graphs:
-            if size not in self._batches:
-                self._batches[size] = DeviceRows.empty(
-                    size, *self._room, self.models, self.adjustments
-                )
-            self._put_back()
-            batch = self._batches[size]
-            batch.take(self.rows, self._tensor([]))  # all padding
-            batch.page_table.zero_()
-            self._graphs[size, tree] = RoundGraph(
+            batch = self._padding(size)
+            (self._graphs[size, tree],) = capture(
                 lambda: advance(self.models, self.planes, self.trees[tree], self.rule, batch),
-                self._pool,
+                pool=self._pool,
             )
         return self._graphs[size, tree]
+
+    def _guided_graphs(self, size: int, tree: int) -> GuidedRound:
+        if (size, tree) not in self._guided:
+            self._guided[size, tree] = self._guided_round(tree, self._padding(size))
+        return self._guided[size, tree]
+
+    def _guided_round(self, tree: int, rows: DeviceRows) -> GuidedRound:
+        tables, device = self.trees[tree], self.models.device
+        forms = Forms.empty(len(rows.active), tables.shape, self.adjustments.vocab, device)
+        stages = StagedRound(self.models, self.planes, tables, self.rule, rows, forms)
+        return GuidedRound(stages, self._pool)
+
+    def _padding(self, size: int) -> DeviceRows:
+        """The batch of ``size``, all padding, for a graph to be captured on."""
+        self._put_back()
+        if size not in self._batches:
+            self._batches[size] = DeviceRows.empty(size, *self._room, self.models, self.adjustments)
+        batch = self._batches[size]
+        batch.take(self.rows, self._tensor([]))
+        batch.page_table.zero_()
+        return batch
 
     def _ticket(
         self,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from aquiline.core.outputs import CompletionOutput, Delta, FinishReason, SpeculationStats
 from aquiline.core.request import Request
 from aquiline.engine.scores import TokenScores, shown
+from aquiline.guided.grammar import Grammar
+from aquiline.guided.matcher import Matcher
 from aquiline.kvcache.table import PageTable
 from aquiline.text.detokenizer import Detokenizer
 
@@ -55,10 +57,14 @@ class Sequence:
         detokenizer: Detokenizer,
         end_tokens: frozenset[int],
         max_tokens: int,
+        grammar: Grammar | None = None,
     ) -> None:
         self.request, self.index = request, index
         self.table, self.detokenizer = table, detokenizer
         self.end_tokens, self.max_tokens = end_tokens, max_tokens
+        self.grammar = grammar
+        self.matcher: Matcher | None = None  # while running; it has heard so many tokens:
+        self._heard = 0
         self.row: int | None = None  # its row of the decode state, while it has pages
         self.decoding = False  # its prompt has been launched to the end
         self.epoch = 0  # counts its stays on a row; work launched in an earlier one is void
@@ -118,10 +124,24 @@ class Sequence:
         self.settled = self.table.length
         self.table.append(tokens)
 
+    def enter(self) -> None:
+        """About to be prefilled: the grammar, if there is one, stands where the output ends."""
+        if self.grammar is not None:
+            self.matcher, self._heard = Matcher(self.grammar), 0
+            self.hear()
+
+    def hear(self, in_flight: tuple[int, ...] = ()) -> None:
+        """Move the matcher on over the output, and what work in flight has said by now."""
+        if self.matcher is not None:
+            already = max(0, self._heard - len(self.output))
+            new = (*self.output[self._heard :], *in_flight[already:])
+            self.matcher.advance(new)
+            self._heard += len(new)
+
     def leave(self) -> None:
         """Stop running: pages are free at once, work in flight is void."""
         self.epoch += 1
-        self.row, self.decoding = None, False
+        self.row, self.matcher, self.decoding = None, None, False
         self.ahead = self.tickets = self.settled = self._pages_sent = 0
         self.table.free()
 
@@ -158,7 +178,10 @@ class Sequence:
         self.output += kept
         self.depths += step.depths[: len(kept)]
         self.scores += step.scores[: len(kept)]
-        if ended:
+        self.hear()
+        if self.matcher is not None and self.matcher.stuck:
+            self.finish_reason = "abort"
+        elif ended:
             self.finish_reason = "stop"
         elif len(self.output) >= self.max_tokens:
             self.finish_reason = "length"

@@ -34,22 +34,26 @@ class Ticket:
     tree: TreeShape | None
     done: torch.cuda.Event | None
 
-    def collect(self) -> Iterator[StepTokens]:
-        """Wait, and commit what was done for the sequences that still want it."""
+    def said(self) -> Iterator[tuple[int, Sequence, tuple[int, ...]]]:
+        """Wait; place, sequence and tokens of those that still want them."""
         if self.done is not None:
             self.done.synchronize()
         rows = zip(self.sequences, self.emitted.tokens.tolist(), strict=False)
         for place, ((sequence, epoch), (accepted, *tokens)) in enumerate(rows):
-            if sequence.epoch != epoch:
-                continue
-            if self.tree is None:  # one token was drawn
-                said, depths = tuple(tokens[:1]), (0,)
+            if sequence.epoch == epoch:  # a prefill drew one token, and accepted -1
+                yield place, sequence, tuple(tokens[: max(accepted, 0) + 1])
+
+    def collect(self) -> Iterator[StepTokens]:
+        """Wait, and commit what was done for the sequences that still want it."""
+        for place, sequence, said in self.said():
+            accepted = len(said) - 1
+            if self.tree is None:  # the prompt is committed
                 sequence.arrived(0)
             else:
-                said, depths = tuple(tokens[: accepted + 1]), (*range(1, accepted + 1), 0)
                 sequence.arrived(self.tree.depth + 1)
                 sequence.committed(accepted + 1)
                 sequence.record_round(accepted, self.tree.size - 1, self.tree.depth)
+            depths = (*range(1, accepted + 1), 0)
             scores, prompt = self._scores(sequence, place, said), self._prompt(sequence, place)
             yield StepTokens(sequence, said, depths, scores, prompt)
 

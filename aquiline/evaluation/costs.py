@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from aquiline.core.params import SamplingParams
-from aquiline.decoding.graph import RoundGraph
+from aquiline.decoding.graph import capture
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.rows import DeviceRows, Emitted, advance
 from aquiline.decoding.state import DecodeState
@@ -85,14 +85,11 @@ def measure_round_ms(
     def one_round() -> Emitted:
         return advance(models, planes, tables, rule, rows)
 
-    graph = RoundGraph(one_round) if device.type == "cuda" else None
+    again_at_once = capture(one_round)[0].replay if device.type == "cuda" else one_round
 
     def again() -> None:
         rows.state.lengths.fill_(context)
-        if graph is None:
-            one_round()
-        else:
-            graph.replay()
+        again_at_once()
 
     for _ in range(WARM_UP):
         again()

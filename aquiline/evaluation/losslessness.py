@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aquiline.core.params import SamplingParams
 from aquiline.evaluation.oracle import TextLaw
-from aquiline.sampling.adjust import Adjustments
+from aquiline.sampling.adjust import Adjustments, bit_words
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.adjusting import adjust_draft, adjust_target, settle
 from aquiline.speculation.drafting import DraftedLevel, grow
@@ -28,6 +28,7 @@ ROOT = 0  # the token every request starts from
 MIN_EXPECTED = 5.0
 CHUNK = 20_000
 VOCAB_ROOM = 64  # the vocabularies here are no larger
+ROOT_ALONE = TreeShape.chain(0).tables(torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------- the statistics
@@ -110,12 +111,14 @@ class MarkovPair:
         draft: [V, Vd].
         draft_ids: [Vd] target ids of a reduced draft vocabulary, or None.
         retrieved: [V, R] what a tree's retrieved chain says after each root, or None.
+        form: bool [V, V], row t the tokens that a form allows after t; None: it allows all.
     """
 
     target: Tensor
     draft: Tensor
     draft_ids: Tensor | None = None
     retrieved: Tensor | None = None
+    form: Tensor | None = None
 
     @classmethod
     def random(
@@ -135,6 +138,28 @@ class MarkovPair:
     def to_target(self, ids: Tensor) -> Tensor:
         """Draft vocabulary ids -> target token ids."""
         return ids if self.draft_ids is None else self.draft_ids[ids]
+
+    def foreseen(self, roots: Tensor, depth: int) -> Tensor | None:
+        """[B, depth] tokens that alone may follow, one after another, then -1."""
+        if self.form is None:
+            return None
+        alone, last = self.form.sum(dim=-1) == 1, roots
+        known, found = torch.ones_like(roots, dtype=torch.bool), []
+        for _ in range(depth):
+            known = known & alone[last]
+            last = self.form[last].int().argmax(dim=-1)
+            found.append(torch.where(known, last, -1))
+        return torch.stack(found, dim=1)
+
+    def masks(self, tree: TreeTables, tokens: Tensor) -> Tensor | None:
+        """The form's masks of every node [B, N, words]; empty where the form excludes the node."""
+        if self.form is None:
+            return None
+        allowed = self.form[tokens]
+        for node in range(1, tree.shape.size):
+            above = allowed[:, tree.shape.parents[node]]
+            allowed[:, node] &= above.gather(1, tokens[:, node, None])
+        return bit_words(allowed)
 
 
 @dataclass(frozen=True)
@@ -173,7 +198,7 @@ def measure_fit(
     """
     generator = torch.Generator().manual_seed(seed)
     tree = shape.tables(torch.device("cpu"))
-    law = TextLaw(pair.target, params, prompt, end_tokens)
+    law = TextLaw(pair.target, params, prompt, end_tokens, pair.form)
     samples, accepted = [], []
     for start in range(0, rows, CHUNK):
         count = min(CHUNK, rows - start)
@@ -264,14 +289,16 @@ def _one_round(
     def propose(above: DraftedLevel | None, count: int) -> Tensor:
         parents = roots[:, None] if above is None else above.expanded_tokens
         logits = pair.draft[parents]
-        adjust_draft(round_, logits, above)
+        adjust_draft(round_, logits, above, forms_of_roots)
         return rule.propose(logits, 1 if above is None else above.depth + 1, count)
 
-    tokens = grow(round_.tree, roots, propose, pair.to_target)
+    forms_of_roots = pair.masks(ROOT_ALONE, roots[:, None])
+    foreseen = pair.foreseen(roots, round_.tree.shape.depth) if rule.any_proposal else None
+    tokens = grow(round_.tree, roots, propose, pair.to_target, foreseen)
     if pair.retrieved is not None:
         tokens = torch.cat((tokens, pair.retrieved[roots]), dim=1)
     logits = pair.target[tokens]
-    raw = adjust_target(round_, logits, tokens)
+    raw = adjust_target(round_, logits, tokens, pair.masks(round_.tree, tokens))
     verdict = rule.accept(tokens, logits)
     settle(round_, logits, raw, verdict)
     return verdict.tokens, verdict.accepted

@@ -78,12 +78,14 @@ class TextLaw:
 
     Attributes:
         prompt: its last token is the one before the text.
+        form: bool [V, V], row [token] the tokens that may follow; None: all may.
     """
 
     target: Tensor
     params: SamplingParams
     prompt: tuple[int, ...]
     end_tokens: tuple[int, ...] = ()
+    form: Tensor | None = None
     _known: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     def __call__(self, texts: Tensor) -> Tensor:
@@ -97,5 +99,7 @@ class TextLaw:
             logits = adjusted_logits(
                 self.target[last], self.params, self.prompt, said, self.end_tokens
             )
+            if self.form is not None:
+                logits = logits.masked_fill(~self.form[last], float("-inf"))
             self._known[key] = target_distribution(logits, self.params)
         return self._known[key]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,7 @@ from aquiline.core.guided_params import StructuredOutput
 from aquiline.guided.pattern import check_pattern
 from aquiline.guided.schema import checked
 
+Spell = Callable[[str], Sequence[int]]
 CACHE_BYTES = 256 * 2**20
 _THREADS = 4
 # White space in a row: without a limit a small model may never stop writing it.
@@ -44,11 +45,13 @@ class Grammar:
         compiled: xgrammar's own.
         vocab_size: of the model's logits.
         end_tokens: allowed where the text may end, and nowhere else.
+        spell: a text's usual tokens.
     """
 
     compiled: Any
     vocab_size: int
     end_tokens: tuple[int, ...]
+    spell: Spell
 
     @cached_property
     def end_mask(self) -> Tensor:
@@ -66,6 +69,7 @@ class Grammars:
         token_bytes: Sequence[bytes],
         vocab_size: int,
         end_tokens: Sequence[int],
+        spell: Spell,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         """
@@ -73,6 +77,7 @@ class Grammars:
             token_bytes: what each token stands for; one without bytes is never allowed in a text.
             vocab_size: of the model's logits; ids beyond ``token_bytes`` are never allowed.
             end_tokens: the checkpoint's own; a text ends with one of them.
+            spell: the tokenizer's; see Matcher.foreseen, which needs no more than a good guess.
 
         Raises:
             AquilineError: xgrammar is not installed, or a text could never end.
@@ -83,7 +88,7 @@ class Grammars:
                 "not end; add it to generation_config.json"
             )
         self._xgrammar = _import_xgrammar()
-        self._vocab_size, self._end_tokens = vocab_size, tuple(end_tokens)
+        self._vocab_size, self._end_tokens, self._spell = vocab_size, tuple(end_tokens), spell
         # Padded to whole words, or the last one's bits beyond the vocabulary could be set.
         bits = 32 * mask_words(vocab_size)
         tokens = [*token_bytes[:vocab_size], *[b""] * (bits - min(len(token_bytes), vocab_size))]
@@ -131,7 +136,7 @@ class Grammars:
 
     def _compile(self, wanted: StructuredOutput) -> Grammar:
         compiled = self._json(wanted.json) if wanted.json is not None else self._plain(wanted)
-        grammar = Grammar(compiled, self._vocab_size, self._end_tokens)
+        grammar = Grammar(compiled, self._vocab_size, self._end_tokens, self._spell)
         mask = torch.zeros(1, mask_words(self._vocab_size), dtype=torch.int32)
         self._xgrammar.GrammarMatcher(compiled).fill_next_token_bitmask(mask)
         if not mask.any():

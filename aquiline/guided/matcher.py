@@ -7,20 +7,23 @@
 The masks of a tree are filled by a depth-first walk that accepts a node's token, fills its row and
 takes the token back, so the state is afterwards what it was before. Where the grammar is complete
 end tokens are allowed; a node that holds one ends the text, and after it, end tokens are all that
-is allowed: what is drawn there is nobody's.
+is allowed: what is drawn there is nobody's. A grammar may lead where nothing can follow (a rule
+that never ends, a character that no token spells); there an end token gives the text up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from aquiline.guided.grammar import Grammar, mask_words
+from aquiline.guided.grammar import Grammar
 from aquiline.speculation.tree import TreeShape
 
 
@@ -29,12 +32,13 @@ class Matcher:
 
     Attributes:
         finished: an end token was accepted.
+        stuck: it was because nothing else was left, and the text does not have the form.
     """
 
     def __init__(self, grammar: Grammar) -> None:
         import xgrammar
 
-        self.finished = False
+        self.finished = self.stuck = False
         self._grammar = grammar
         self._state: Any = xgrammar.GrammarMatcher(grammar.compiled)
 
@@ -50,12 +54,10 @@ class Matcher:
             return
         rows.zero_()  # what the walk does not reach it does not write
         self._state.traverse_draft_tree(*_links(tree), tokens, rows)
+        words = rows.numpy()  # quicker than torch to look at
         for node, token in enumerate(tokens.tolist()):
-            if (
-                node
-                and token in self._grammar.end_tokens
-                and _allows(rows[tree.parents[node]], token)
-            ):
+            reached = node == 0 or _allows(words[tree.parents[node]], token)
+            if reached and (token in self._grammar.end_tokens or not words[node].any()):
                 rows[node] = self._grammar.end_mask
 
     def advance(self, tokens: Sequence[int]) -> None:
@@ -63,27 +65,24 @@ class Matcher:
         for token in tokens:
             if self.finished:
                 return
-            accepted = self._state.accept_token(token)
-            assert accepted, f"token {token} was emitted against its mask"
-            self.finished = self._state.is_terminated()
+            if self._state.accept_token(token):
+                self.finished = self._state.is_terminated()
+            else:
+                assert token in self._grammar.end_tokens, f"token {token} is against its mask"
+                self.finished = self.stuck = True
 
-    def forced(self, limit: int) -> list[int]:
-        """The tokens that must come next, one after another, ``limit`` at most.
-
-        A token is forced if it is the only one allowed; an end token can be, and is the last.
-        """
-        found: list[int] = []
-        row = torch.zeros(1, mask_words(self._grammar.vocab_size), dtype=torch.int32)
-        while len(found) < limit and not (self.finished or self._state.is_terminated()):
-            self._state.fill_next_token_bitmask(row)
-            token = _only_token(row[0])
-            if token is None:
-                break
-            self._state.accept_token(token)
-            found.append(token)
-        if found:
-            self._state.rollback(len(found))
-        return found
+    def foreseen(self, limit: int) -> list[int]:
+        """Tokens that are likely to come, ``limit`` at most: the usual spelling of the characters
+        that the grammar leaves no choice of. Its last token is left out, as it may be said in one
+        with what follows."""
+        if self.finished:
+            return []
+        try:
+            text = self._state.find_jump_forward_string()
+        except UnicodeDecodeError:  # inside a character
+            return []
+        tokens = self._grammar.spell(text)[:-1][:limit] if text else ()
+        return [*takewhile(lambda token: token < self._grammar.vocab_size, tokens)]
 
 
 @lru_cache(maxsize=64)
@@ -98,14 +97,5 @@ def _links(tree: TreeShape) -> tuple[Tensor, Tensor]:
     return child, sibling
 
 
-def _allows(row: Tensor, token: int) -> bool:
-    return bool(row[token // 32] >> (token % 32) & 1)
-
-
-def _only_token(row: Tensor) -> int | None:
-    """The one token that a mask [words] allows; None if it allows several."""
-    words = row.nonzero()
-    if len(words) != 1:
-        return None
-    bits = int(row[words[0, 0]]) & 0xFFFFFFFF
-    return None if bits & (bits - 1) else 32 * int(words[0, 0]) + bits.bit_length() - 1
+def _allows(words: NDArray[np.int32], token: int) -> bool:
+    return bool(words[token // 32] >> (token % 32) & 1)

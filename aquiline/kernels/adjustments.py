@@ -1,8 +1,9 @@
 """AdjustmentTable: what changes the logits of a request before it is sampled, one row a request.
 
 The raw logits of the token to come are adjusted in this order: repetition, presence and frequency
-penalty, bias, bans. Rows are found through a ``slots`` column that batches carry, so that captured
-graphs of every batch size share one table. A row's flags say which of its other columns count.
+penalty, bias, bans, and what the form of the text allows, masks that come with the logits. Rows are
+found through a ``slots`` column that batches carry, so that captured graphs of every batch size
+share one table. A row's flags say which of its other columns count.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ class Flag(IntFlag):
     BANS = 4
     MIN_TOKENS = 8
     LOGPROBS = 16
+    FORM = 32
 
 
-ADJUSTING = Flag.PENALTIES | Flag.BIAS | Flag.BANS | Flag.MIN_TOKENS
+ADJUSTING = Flag.PENALTIES | Flag.BIAS | Flag.BANS | Flag.MIN_TOKENS | Flag.FORM
 
 
 class History(NamedTuple):

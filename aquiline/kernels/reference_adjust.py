@@ -30,22 +30,23 @@ def adjust_logits(
     levels: Tensor | None,
     history: History | None,
     token_ids: Tensor | None,
+    masks: Tensor | None,
     raw: Tensor | None,
 ) -> None:
     flags = _flags(table, slots)
-    ids = torch.arange(logits.shape[-1], device=slots.device) if token_ids is None else token_ids
+    ids = slice(logits.shape[-1]) if token_ids is None else token_ids
     if raw is not None:
         rows = _rows((flags & ADJUSTING != 0) & (flags & Flag.LOGPROBS != 0))
         raw[rows] = logits[rows]
     at = positions[:, : logits.shape[1]] if levels is None else positions[:, levels]
     adjusted = _rows(flags & ADJUSTING != 0)
-    scores = logits[adjusted].to(torch.promote_types(logits.dtype, torch.float32))
+    scores = logits.index_select(0, adjusted).to(torch.promote_types(logits.dtype, torch.float32))
     for flag in ADJUSTING:
         part = _rows(flags[adjusted] & flag != 0)
         if not len(part):
             continue
         rows = adjusted[part]
-        slot, old = slots[rows], scores[part]
+        slot, old = slots[rows], scores.index_select(0, part)
         if flag is Flag.PENALTIES:
             new = _penalised(old, table, slot, _counts(table.counts[slot], history, rows), ids)
         elif flag is Flag.BIAS:
@@ -53,13 +54,17 @@ def adjust_logits(
             new = old + bias[:, None, ids]
         elif flag is Flag.BANS:
             new = old.masked_fill(~_bit(table.allowed[slot], ids)[:, None], NEGATIVE_INFINITY)
+        elif flag is Flag.FORM:
+            new = old
+            if masks is not None:
+                new = old.masked_fill(~_bit(masks[rows], ids), NEGATIVE_INFINITY)
         else:
             ends = table.end_ids[slot]
             is_end = _scattered(ends, torch.ones_like(ends), table.vocab)[:, None, ids] > 0
             early = at[rows] < table.min_length[slot, None]
             new = old.masked_fill(early[..., None] & is_end, NEGATIVE_INFINITY)
-        scores[part] = new
-    logits[adjusted] = scores.to(logits.dtype)
+        scores.index_copy_(0, part, new)
+    logits.index_copy_(0, adjusted, scores.to(logits.dtype))
 
 
 def _flags(table: AdjustmentTable, slots: Tensor) -> Tensor:
@@ -71,9 +76,10 @@ def _rows(mask: Tensor) -> Tensor:
     return mask.nonzero().squeeze(1)
 
 
-def _bit(words: Tensor, ids: Tensor) -> Tensor:
-    """words [b, W] -> bool [b, len(ids)]."""
-    return (words[:, ids >> 5] >> (ids & 31)) & 1 == 1
+def _bit(words: Tensor, ids: Tensor | slice) -> Tensor:
+    """words [..., W] -> bool [..., tokens of ids]."""
+    places = torch.arange(32, dtype=words.dtype, device=words.device)
+    return ((words[..., None] >> places) & 1).bool().flatten(-2)[..., ids]
 
 
 def _scattered(ids: Tensor, values: Tensor, vocab: int) -> Tensor:
@@ -98,7 +104,7 @@ def _counts(output: Tensor, history: History | None, rows: Tensor) -> Tensor:
 
 
 def _penalised(
-    scores: Tensor, table: AdjustmentTable, slot: Tensor, counts: Tensor, ids: Tensor
+    scores: Tensor, table: AdjustmentTable, slot: Tensor, counts: Tensor, ids: Tensor | slice
 ) -> Tensor:
     counts = counts[..., ids]
     seen = (counts > 0) | _bit(table.prompt_seen[slot], ids)[:, None]

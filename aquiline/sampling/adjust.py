@@ -41,7 +41,7 @@ class Adjustments(ops.AdjustmentTable):
             self.repetition[row].fill_(params.repetition_penalty)
             self.presence[row].fill_(params.presence_penalty)
             self.frequency[row].fill_(params.frequency_penalty)
-            self._send(self.prompt_seen[row], _words(_mask(prompt_ids, self.vocab)))
+            self._send(self.prompt_seen[row], bit_words(_mask(prompt_ids, self.vocab)))
             counts = torch.zeros(self.vocab, dtype=torch.int16)
             for token, count in Counter(output_ids).items():
                 counts[token] = min(count, ops.MAX_COUNT)
@@ -52,7 +52,7 @@ class Adjustments(ops.AdjustmentTable):
             values = torch.tensor([value for _, value in entries], dtype=torch.float32)
             self._send(self.bias_values[row, : len(values)], values)
         if flags & ops.Flag.BANS:
-            self._send(self.allowed[row], _words(_allowed(params, self.vocab)))
+            self._send(self.allowed[row], bit_words(_allowed(params, self.vocab)))
         if flags & ops.Flag.MIN_TOKENS:
             self._send_ids(self.end_ids[row], sorted(end_ids))
             self.min_length[row].fill_(len(prompt_ids) + params.min_tokens)
@@ -79,6 +79,7 @@ def flags_of(params: SamplingParams) -> ops.Flag:
         ops.Flag.BANS: bans,
         ops.Flag.MIN_TOKENS: params.min_tokens,
         ops.Flag.LOGPROBS: params.logprobs is not None,
+        ops.Flag.FORM: params.structured_outputs is not None,
     }
     flags = ops.Flag(0)
     for flag, on in wanted.items():
@@ -101,8 +102,8 @@ def _mask(ids: Collection[int], vocab: int) -> Tensor:
     return mask
 
 
-def _words(mask: Tensor) -> Tensor:
-    """[V] bool -> int32 words, bit t % 32 of word t // 32 for token t."""
-    bits = torch.nn.functional.pad(mask.long(), (0, -len(mask) % 32))
-    words = (bits.view(-1, 32) << torch.arange(32)).sum(dim=-1)
+def bit_words(mask: Tensor) -> Tensor:
+    """[..., V] bool -> int32 words, bit t % 32 of word t // 32 for token t."""
+    bits = torch.nn.functional.pad(mask.long(), (0, -mask.shape[-1] % 32))
+    words = (bits.view(*mask.shape[:-1], -1, 32) << torch.arange(32)).sum(dim=-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

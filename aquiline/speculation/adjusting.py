@@ -15,8 +15,11 @@ from aquiline.speculation.verification.noise import RoundNoise
 from aquiline.speculation.verification.verdict import Verdict
 
 
-def adjust_draft(round_: RoundNoise, logits: Tensor, above: DraftedLevel | None) -> None:
-    """Logits [B, E, Vd] of the expanded nodes of a level (None: of the root), in place."""
+def adjust_draft(
+    round_: RoundNoise, logits: Tensor, above: DraftedLevel | None, masks: Tensor | None = None
+) -> None:
+    """Logits [B, E, Vd] of the expanded nodes of a level (None: of the root), in place; ``masks``
+    of the root, see ops.adjust_logits."""
     sampling, tree = round_.sampling, round_.tree
     if sampling.adjustments is None:
         return
@@ -26,13 +29,16 @@ def adjust_draft(round_: RoundNoise, logits: Tensor, above: DraftedLevel | None)
         history = ops.History(above.drafted, tree.ancestors, tree.expanded_nodes[depth])
     ops.adjust_logits(
         logits, sampling.adjustments, sampling.slots, round_.positions,
-        tree.expanded_depths[depth], history, round_.draft_ids, None,
+        tree.expanded_depths[depth], history, round_.draft_ids,
+        masks if above is None else None, None,
     )  # fmt: skip
 
 
-def adjust_target(round_: RoundNoise, logits: Tensor, tokens: Tensor) -> Tensor | None:
-    """Logits [B, N, V] after the nodes, tokens [B, N], in place; returns them raw for ``settle``:
-    None if nobody wants log-probabilities."""
+def adjust_target(
+    round_: RoundNoise, logits: Tensor, tokens: Tensor, masks: Tensor | None = None
+) -> Tensor | None:
+    """Logits [B, N, V] after the nodes, tokens [B, N], in place, ``masks`` as in ops.adjust_logits;
+    returns them raw for ``settle``: None if nobody wants log-probabilities."""
     sampling, tree = round_.sampling, round_.tree
     if sampling.adjustments is None:
         return None
@@ -40,7 +46,7 @@ def adjust_target(round_: RoundNoise, logits: Tensor, tokens: Tensor) -> Tensor 
     history = None if tree.shape.size == 1 else ops.History(tokens, tree.ancestors, None)
     ops.adjust_logits(
         logits, sampling.adjustments, sampling.slots, round_.positions, tree.depths, history,
-        None, raw,
+        None, masks, raw,
     )  # fmt: skip
     return raw
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aquiline.speculation.tree import Level, TreeTables
+from aquiline.speculation.tree import Level, TreeShape, TreeTables
 
 # Draft ids [B, E, count] of the children of the expanded nodes of a depth, best first, given the
 # drafted level above (None for the root's children) and the count.
@@ -39,7 +39,11 @@ class DraftedLevel:
 
 
 def grow(
-    tree: TreeTables, root: Tensor, propose: ProposeChildren, to_target: Callable[[Tensor], Tensor]
+    tree: TreeTables,
+    root: Tensor,
+    propose: ProposeChildren,
+    to_target: Callable[[Tensor], Tensor],
+    foreseen: Tensor | None = None,
 ) -> Tensor:
     """Tokens [B, N] of the whole tree.
 
@@ -47,6 +51,8 @@ def grow(
         root: [B] the root's token.
         propose: children for the level above; called once per depth, root first.
         to_target: draft vocabulary ids -> target token ids.
+        foreseen: [B, D] tokens known to be likely after the root, then -1: they take the place of
+            the first child, the first child's first child, and so on.
     """
     drafted = root[:, None]
     above: DraftedLevel | None = None
@@ -54,6 +60,20 @@ def grow(
         best = propose(above, level.fan_out)  # [B, E, fan_out]
         chosen = best.flatten(1) if level.whole else best[:, level.parents, level.ranks]
         tokens = to_target(chosen)
+        if foreseen is not None:
+            tokens = _put_first(tree.shape, depth, tokens, foreseen[:, depth - 1, None])
         drafted = torch.cat((drafted, tokens), dim=1)
         above = DraftedLevel(depth, level, tokens, drafted)
     return drafted
+
+
+def _put_first(shape: TreeShape, depth: int, tokens: Tensor, wanted: Tensor) -> Tensor:
+    """Tokens [B, W] of a level with ``wanted`` [B, 1] first, where it is not -1; a sibling that has
+    it already gets the first one's, so siblings differ."""
+    if (0,) * depth not in shape.paths:
+        return tokens
+    count = len(shape.children[shape.parents[shape.depths.index(depth)]])
+    siblings, first = tokens[:, :count], tokens[:, :1]
+    siblings = torch.where(siblings == wanted, first, siblings)
+    first = torch.where(wanted >= 0, wanted, first)
+    return torch.cat((first, siblings[:, 1:], tokens[:, count:]), dim=1)

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from aquiline.core.errors import DataError
+from aquiline.core.outputs import CompletionOutput
 from benchmarks.tool_schemas import (
     FILES,
     compile_all,
@@ -15,6 +16,7 @@ from benchmarks.tool_schemas import (
     mask_microseconds,
     quantiles,
     tool_calls,
+    verdict,
 )  # fmt: skip
 from tests.guided.forms import accepts, grammars
 
@@ -80,3 +82,18 @@ def test_what_is_not_the_package_is_refused(tmp_path):
     write(tmp_path, record(), record(type="Unheard"))
     with pytest.raises(DataError, match="line 2"):
         list(tool_calls(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "expected"),
+    [
+        ('{"size": 2}', "stop", "valid"),
+        ('{"size": ', "length", "cut"),
+        ('{"size": "2"}', "stop", "'2' is not of type 'number'"),
+        ('{"size": ', "stop", "Expecting value: line 1 column 10 (char 9)"),
+        ("", "abort", "abort"),
+    ],
+)
+def test_answers_are_judged(text, reason, expected):
+    schema = {"type": "object", "properties": {"size": {"type": "number"}}}
+    assert verdict(CompletionOutput(0, text, (), reason), schema) == expected

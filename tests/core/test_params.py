@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from aquiline.core.errors import AquilineError
+from aquiline.core.guided_params import StructuredOutput
 from aquiline.core.params import MAX_SEED, SamplingParams, SpeculationParams
 
 NAN, INF = float("nan"), float("inf")
@@ -128,3 +129,40 @@ def test_good_values_are_kept() -> None:
     assert SpeculationParams(num_speculative_tokens=64).num_speculative_tokens == 64
     with pytest.raises(AttributeError):
         params.seed = 1  # type: ignore[misc]
+
+
+def test_a_form_is_taken_as_a_mapping_too():
+    params = SamplingParams(structured_outputs={"choice": ["a", "b"]})
+    assert params.structured_outputs == StructuredOutput(choice=("a", "b"))
+    assert hash(params) == hash(
+        SamplingParams(structured_outputs=StructuredOutput(choice=["a", "b"]))
+    )
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ("json", "structured_outputs='json': give a StructuredOutput"),
+        ({"schema": {}}, "structured_outputs: unknown field 'schema'"),
+        ({"json": {}, "regex": "a"}, "json and regex given"),
+        ({}, "nothing given"),
+    ],
+)
+def test_a_form_that_is_none_is_refused(form, message):
+    with pytest.raises(AquilineError, match=message):
+        SamplingParams(structured_outputs=form)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"min_tokens": 1},
+        {"ignore_eos": True},
+        {"allowed_token_ids": (1,)},
+        {"banned_token_ids": (1,)},
+        {"bad_words": ("a",)},
+    ],
+)
+def test_what_contradicts_a_form_is_refused_by_name(beside):
+    with pytest.raises(AquilineError, match=next(iter(beside))):
+        SamplingParams(structured_outputs={"regex": "a"}, **beside)

@@ -13,7 +13,16 @@ import torch
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
 from tests.tiny_checkpoint import write_draft, write_eagle3, write_target
-from tests.tiny_engine import CHAIN, SHAPES, TREE, assert_idle, mixed_params, prompts, said
+from tests.tiny_engine import (
+    CHAIN,
+    SHAPES,
+    TREE,
+    assert_idle,
+    forms_and_none,
+    mixed_params,
+    prompts,
+    said,
+)
 
 pytestmark = pytest.mark.gpu
 OPTIONS: dict[str, Any] = {"max_num_seqs": 4, "page_size": 16, "max_model_len": 96,
@@ -65,6 +74,32 @@ def test_every_rule_runs_in_a_graph(folders, rule):
     expected = make(folders, None, "cpu").generate(prompts(6), greedy)
     assert [said(o) for o in llm.generate(prompts(6), greedy)] == [said(o) for o in expected]
     llm.generate(prompts(6), mixed_params(6))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forms_in_three_graphs_say_what_the_cpu_says(folders, shape):
+    """Several forms and none in batches that grow and shrink; then none alone, on one graph."""
+    chosen = SHAPES[shape]
+    card = make(folders, chosen, "cuda")
+    asked, params = prompts(12), forms_and_none(12)
+    expected = make(folders, None, "cpu").generate(asked, params)
+    assert [said(o) for o in card.generate(asked, params)] == [said(o) for o in expected]
+    runner = card.engine.runner
+    assert runner._guided
+    assert len(runner._graphs) == card.engine.warm_up.graphs
+    free = mixed_params(12)
+    expected = make(folders, None, "cpu").generate(asked, free)
+    assert [said(o) for o in card.generate(asked, free)] == [said(o) for o in expected]
+    card.engine.step()
+    assert_idle(card)
+
+
+def test_preempted_forms_say_the_same(folders):
+    llm = make(folders, CHAIN, "cuda", kv_cache_tokens=128)
+    expected = make(folders, None, "cpu").generate(prompts(8), forms_and_none(8, 40))
+    assert [said(o) for o in llm.generate(prompts(8), forms_and_none(8, 40))] == [
+        said(o) for o in expected
+    ]
 
 
 def test_trees_chosen_by_load(folders):

@@ -140,6 +140,7 @@ ADJUSTED = (
     SamplingParams(
         presence_penalty=1.0, logit_bias={5: 3.0}, banned_token_ids=(9, 128255), logprobs=1
     ),
+    SamplingParams(structured_outputs={"regex": "a"}, logprobs=2),
 )
 
 
@@ -153,18 +154,19 @@ def test_adjustments_and_log_probabilities(dtype):
     with torch.device("cpu"):  # rows are made on the host
         for row, params in enumerate(ADJUSTED):
             table.set(row, params, range(0, 128256, 7), [3, 3, 9, 128255] * 5, (2, 128001))
-    slots = torch.tensor([5, 4, 3, 2, 1, 0, -1])
+    slots = torch.tensor([6, 5, 4, 3, 2, 1, 0, -1])
     logits = 3 * torch.randn(rows + 1, tree.shape.size, vocab).to(dtype)
     tokens = torch.randint(20, (rows + 1, tree.shape.size))
     positions = 18323 + 8 + torch.arange(tree.shape.depth + 1).repeat(rows + 1, 1)
     history = ops.History(tokens, tree.ancestors, None)
+    masks = torch.randint(-(2**31), 2**31, (rows + 1, tree.shape.size, vocab // 32)).int()
     results = []
     for run in (ops, reference_adjust):
         adjusted, raw = logits.clone(), torch.zeros_like(logits)
-        run.adjust_logits(adjusted, table, slots, positions, tree.depths, history, None, raw)
-        scores = run.token_logprobs(adjusted, raw, table, slots, tree.routes[-1:].expand(7, -1),
+        run.adjust_logits(adjusted, table, slots, positions, tree.depths, history, None, masks, raw)
+        scores = run.token_logprobs(adjusted, raw, table, slots, tree.routes[-1:].expand(8, -1),
                                     tokens[:, : tree.shape.depth + 1])  # fmt: skip
-        results.append((adjusted, raw, scores[[0, 1, 3]]))
+        results.append((adjusted, raw, scores[[0, 1, 2, 4]]))
     (ours, raw, scores), (theirs, exact_raw, exact_scores) = results
     assert torch.equal(raw, exact_raw)
     assert torch.equal(ours.isneginf(), theirs.isneginf())

@@ -21,7 +21,7 @@ _CLOSING = [*map(ord, '"}],'), END]
 
 
 def grammars(**options: Any) -> Grammars:
-    return Grammars(TOKENS, VOCAB, [END], **options)
+    return Grammars(TOKENS, VOCAB, [END], tokens_of, **options)
 
 
 def compiled(**form: Any) -> Grammar:

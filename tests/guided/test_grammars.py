@@ -115,14 +115,14 @@ def test_special_and_padded_tokens_are_never_allowed():
 
 
 def test_the_end_mask_allows_the_end_tokens():
-    grammar = Grammars(TOKENS, VOCAB, [31, 63, END]).compile(StructuredOutput(regex="a"))
+    grammar = Grammars(TOKENS, VOCAB, [31, 63, END], list).compile(StructuredOutput(regex="a"))
     assert grammar.end_mask.shape == (mask_words(VOCAB),)
     assert allowed(grammar.end_mask) == {31, 63, END}
 
 
 def test_a_checkpoint_without_end_token_is_refused():
     with pytest.raises(AquilineError, match="eos_token_id"):
-        Grammars(TOKENS, VOCAB, [])
+        Grammars(TOKENS, VOCAB, [], list)
 
 
 def test_without_xgrammar_the_remedy_is_named(monkeypatch):

@@ -17,7 +17,7 @@ from aquiline.guided.grammar import Grammars, mask_words
 from aquiline.guided.matcher import Matcher
 from aquiline.speculation.tree import TreeShape
 from tests.guided.decoding import guided_texts
-from tests.guided.forms import VOCAB, compiled, tokens_of
+from tests.guided.forms import VOCAB, allowed, compiled, tokens_of
 from tests.laws.tiny import VOCAB as TINY_VOCAB
 from tests.laws.tiny import prophetic_models, tiny_models
 
@@ -40,7 +40,8 @@ PARAMS = SamplingParams(temperature=2.0, top_p=0.98)
 @pytest.fixture(scope="module")
 def tiny_grammar():
     tokens = [letter.encode() for letter in LETTERS] + [b'{"', b'":', b"name"]
-    return Grammars(tokens, TINY_VOCAB, [TINY_END]).compile(StructuredOutput(json=SCHEMA))
+    store = Grammars(tokens, TINY_VOCAB, [TINY_END], lambda text: [*map(LETTERS.index, text)])
+    return store.compile(StructuredOutput(json=SCHEMA))
 
 
 def text_of(tokens: list[int]) -> str:
@@ -61,11 +62,20 @@ def test_rows_without_a_grammar_are_all_ones():
     assert torch.equal(masks[1], alone)
 
 
-def test_every_row_moves_on_over_its_own_tokens():
-    matchers = [Matcher(compiled(regex="abc")), None, Matcher(compiled(regex="x"))]
-    GuidedBatch(matchers, VOCAB).advance([tokens_of("ab"), [5], tokens_of("x")])
-    assert matchers[0].forced(1) == tokens_of("c")
-    assert not matchers[2].finished
+def test_what_is_foreseen_by_row():
+    matchers = [None, Matcher(compiled(regex="abc")), Matcher(compiled(regex="a+"))]
+    foreseen = GuidedBatch(matchers, VOCAB).foreseen(3)
+    assert foreseen.tolist() == [[-1] * 3, [*tokens_of("ab"), -1], [-1] * 3]
+    assert GuidedBatch(matchers, VOCAB).foreseen(0).shape == (3, 0)
+
+
+def test_roots_are_what_may_come_next():
+    matchers = [Matcher(compiled(regex="abc")), None]
+    matchers[0].advance(tokens_of("ab"))
+    roots = GuidedBatch(matchers, VOCAB).roots()
+    assert roots.shape == (2, 1, mask_words(VOCAB))
+    assert allowed(roots[0, 0]) == {ord("c")}
+    assert (roots[1] == -1).all()
 
 
 @pytest.mark.parametrize("tree", TREES, ids=["chain", "tree"])
@@ -107,7 +117,10 @@ def test_a_real_model_writes_valid_objects(temperature):
     )
     tokenizer, models = loaded.tokenizer, loaded.models
     store = Grammars(
-        tokenizer.token_bytes(), models.target.config.vocab_size, tokenizer.eos_token_ids
+        tokenizer.token_bytes(),
+        models.target.config.vocab_size,
+        tokenizer.eos_token_ids,
+        tokenizer.encode,
     )
     grammar = store.compile(StructuredOutput(json=SCHEMA))
     asked = [

@@ -7,10 +7,20 @@ import random
 import pytest
 import torch
 
-from aquiline.guided.grammar import mask_words
+from aquiline.core.guided_params import StructuredOutput
+from aquiline.guided.grammar import Grammars, mask_words
 from aquiline.guided.matcher import Matcher
 from aquiline.speculation.tree import POOL, TreeShape
-from tests.guided.forms import END, SPECIAL, VOCAB, allowed, compiled, next_tokens, tokens_of
+from tests.guided.forms import (
+    END,
+    SPECIAL,
+    TOKENS,
+    VOCAB,
+    allowed,
+    compiled,
+    next_tokens,
+    tokens_of,
+)
 
 WORDS = mask_words(VOCAB)
 SCHEMA = {
@@ -22,8 +32,9 @@ SCHEMA = {
 EAGLE = TreeShape.of(POOL["eagle-25"])
 
 
-def filled(matcher: Matcher, tree: TreeShape, tokens: list[int]) -> list[set[int]]:
-    rows = torch.full((tree.size, WORDS), 0x5A5A5A5A, dtype=torch.int32)
+def filled(matcher: Matcher, tree: TreeShape, tokens: list[int], words: int = WORDS
+           ) -> list[set[int]]:  # fmt: skip
+    rows = torch.full((tree.size, words), 0x5A5A5A5A, dtype=torch.int32)
     matcher.fill(tree, torch.tensor(tokens), rows)
     return [allowed(row) for row in rows]
 
@@ -103,7 +114,7 @@ def test_after_the_end_only_end_tokens_are_allowed():
     matcher.advance([ord("a"), END, ord("z"), 3])  # what follows the end is nobody's
     assert matcher.finished
     assert filled(matcher, TreeShape.chain(2), [0, ord("a"), END]) == [{END}] * 3
-    assert matcher.forced(4) == []
+    assert matcher.foreseen(4) == []
 
 
 def test_an_emitted_token_that_its_mask_forbids_is_our_fault():
@@ -111,18 +122,34 @@ def test_an_emitted_token_that_its_mask_forbids_is_our_fault():
         Matcher(compiled(regex="ab")).advance([ord("a"), ord("x")])
 
 
-def test_forced_tokens():
-    matcher = Matcher(compiled(regex="xyz[ab]cd"))
-    assert matcher.forced(8) == tokens_of("xyz")
-    assert matcher.forced(2) == tokens_of("xy")
-    assert matcher.forced(0) == []
+@pytest.mark.parametrize("dead", ['"z"', 'x\nx ::= x "b"'])
+def test_where_nothing_can_follow_the_text_is_given_up(dead):
+    """A character that no token spells, a rule that never ends: only an end token is left."""
+    store = Grammars([b"a", b"b", b""], 3, [2], list)
+    matcher = Matcher(store.compile(StructuredOutput(grammar=f'root ::= "a" | "b" {dead}')))
+    assert filled(matcher, TreeShape.chain(2), [0, 1, 1], 1) == [{0, 1}, {2}, set()]
+    matcher.advance([1])
+    assert not matcher.finished
+    assert filled(matcher, TreeShape.chain(1), [0, 2], 1) == [{2}, {2}]
+    matcher.advance([2])
+    assert (matcher.finished, matcher.stuck) == (True, True)
+
+
+def test_what_is_foreseen_is_the_usual_spelling_without_its_last_token():
+    matcher = Matcher(compiled(regex="xyz[ab]cd\u20acf"))
+    assert matcher.foreseen(8) == tokens_of("xy")
+    assert matcher.foreseen(1) == tokens_of("x")
+    assert matcher.foreseen(0) == []
     matcher.advance(tokens_of("xyz"))
-    assert matcher.forced(8) == []
-    matcher.advance(tokens_of("a"))
-    assert matcher.forced(8) == [*tokens_of("cd"), END]
-    assert next_tokens(matcher) == {ord("c")}
+    assert matcher.foreseen(8) == []
+    matcher.advance(tokens_of("acd"))
+    assert matcher.foreseen(8) == tokens_of("\u20ac")
+    matcher.advance(tokens_of("\u20ac")[:1])  # inside a character
+    assert matcher.foreseen(8) == []
+    matcher.advance([*tokens_of("\u20ac")[1:], *tokens_of("f"), END])
+    assert matcher.foreseen(8) == []
 
 
-def test_a_text_that_several_tokens_spell_is_not_forced():
-    matcher = Matcher(compiled(regex="name"))  # "n", "na" or "name"
-    assert matcher.forced(8) == []
+def test_a_token_that_the_model_does_not_know_is_not_foreseen():
+    store = Grammars(TOKENS, VOCAB, [END], lambda text: [text[0].encode()[0], VOCAB, 5, 6])
+    assert Matcher(store.compile(StructuredOutput(regex="abc"))).foreseen(3) == [ord("a")]

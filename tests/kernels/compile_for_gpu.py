@@ -37,7 +37,7 @@ TYPES = {  # by the names of the arguments; all others are int32
               "prefix_lse", "lse", "dweight"),
     "fp32": ("eta", "scale", "eps"),
     "*i32": ("indices", "peaks", "target_peaks", "flags", "prompt_seen", "bias_ids", "allowed",
-             "end_ids", "ids", "best"),
+             "end_ids", "ids", "best", "masks"),
     "*i16": ("counts",),
     "*u8": ("ancestors",),
     "*i64": ("top_k", "seeds", "choices", "positions", "levels", "token_ids", "drawn", "tokens",
@@ -58,7 +58,7 @@ WALK = {"STREAM": 2, "SIBLINGS": 4, "BLOCK": sampling.ROW_BLOCK}
 WIDE = {"BLOCK": 32 * divergence.THREAD * divergence.WIDE_WARPS, "LOWEST": -1e30}
 NEAR = {"BLOCK": 32 * divergence.THREAD * divergence.WARPS, "LOWEST": -1e30}
 ADJUST = {"BIASED": 1024, "ENDS": 64, "CHUNK": adjust.CHUNK}
-ROOT = dict.fromkeys(("tokens", "ancestors", "node_of", "token_ids", "raw"))
+ROOT = dict.fromkeys(("tokens", "ancestors", "node_of", "token_ids", "raw", "masks"))
 RANK = {"CHUNK": adjust.TOP_CHUNK}
 MERGE = {"CHUNKS": 64, "CANDIDATES": 2048}
 SMALL = {"G": 3, "D": 64, "R": 8, "G_PAD": 4, "D_PAD": 64}
@@ -84,6 +84,7 @@ VARIANTS = [
     (divergence._divergence, 32, {**WIDE, "DIVERGENCE": "lk"}),
     (adjust._adjust_kernel, 8, ADJUST),
     (adjust._adjust_kernel, 8, {**ADJUST, "node_of": None, "token_ids": None}),
+    (adjust._adjust_kernel, 8, {**ADJUST, "node_of": None, "token_ids": None, "masks": None}),
     (adjust._adjust_kernel, 8, {**ADJUST, **ROOT, "levels": None, "rows": 1}),
     (adjust._count_kernel, 1, {"LEVELS": 4}),
     (adjust._count_kernel, 1, {"LEVELS": 1}),

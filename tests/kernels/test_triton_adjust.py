@@ -32,6 +32,10 @@ REQUESTS = {  # a row each; two are equal to nothing asked for
     "banned": SamplingParams(banned_token_ids=(0, 30, 36), logprobs=0),
     "early": SamplingParams(min_tokens=50, max_tokens=60),
     "late": SamplingParams(min_tokens=4),
+    "form": SamplingParams(structured_outputs={"regex": "a"}),
+    "form, logprobs": SamplingParams(
+        structured_outputs={"regex": "b"}, logprobs=1, logit_bias={1: 2.0}
+    ),
     "all": SamplingParams(
         repetition_penalty=0.8, presence_penalty=0.5, frequency_penalty=0.25,
         logit_bias={token: token / 8 for token in range(1, 30)}, banned_token_ids=(3, 34),
@@ -62,12 +66,12 @@ def logits_of(*shape: int) -> torch.Tensor:
     return 3 * torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1]))
 
 
-def assert_same_adjustment(logits, *args, raw=False):
+def assert_same_adjustment(logits, *args, masks=None, raw=False):
     """Kernel and twin agree, to rounding; returns the adjusted logits, and raw ones if kept."""
     ours, theirs = logits.clone(), logits.clone()
     kept = [torch.zeros_like(logits) if raw else None for _ in range(2)]
-    kernels.adjust_logits(ours, *args, kept[0])
-    reference.adjust_logits(theirs, *args, kept[1])
+    kernels.adjust_logits(ours, *args, masks, kept[0])
+    reference.adjust_logits(theirs, *args, masks, kept[1])
     eps = torch.finfo(logits.dtype).eps
     torch.testing.assert_close(ours, theirs, rtol=2 * eps, atol=1e-6)
     if raw:
@@ -87,8 +91,12 @@ def test_every_node_of_a_tree(monkeypatch, name, dtype):
     tokens[:, 1:3] = 4  # on the path of most nodes, and in the output
     positions = len(PROMPT) + len(OUTPUT) + torch.arange(tree.shape.depth + 1).repeat(rows, 1)
     history = ops.History(tokens, tree.ancestors, None)
+    masks = torch.randint(
+        -(2**31), 2**31, (rows, nodes, 2), generator=torch.Generator().manual_seed(2)
+    ).int()
+    masks[:, 2] = 0  # a node that nothing leads to
     adjusted, raw = assert_same_adjustment(
-        logits, table, slots, positions, tree.depths, history, None, raw=True
+        logits, table, slots, positions, tree.depths, history, None, masks=masks, raw=True
     )
     names = [*REQUESTS, "no slot"]
     touched = {
@@ -96,7 +104,13 @@ def test_every_node_of_a_tree(monkeypatch, name, dtype):
     }
     assert touched == set(names) - {"nothing", "logprobs alone", "late", "no slot"}
     kept = {name for row, name in enumerate(names) if bool(raw[row].any())}
-    assert kept == {"banned", "all"}
+    assert kept == {"banned", "form, logprobs", "all"}
+    bits = (masks[..., None] >> torch.arange(32)).flatten(-2)[..., :vocab] & 1
+    for name in ("form", "form, logprobs"):
+        row = names.index(name)
+        assert torch.equal(adjusted[row].isneginf(), bits[row] == 0)
+    assert torch.equal(adjusted[names.index("form")][bits[names.index("form")] == 1],
+                       logits[names.index("form")][bits[names.index("form")] == 1])  # fmt: skip
     assert torch.equal(raw[names.index("all")], logits[names.index("all")])
     ends = adjusted[names.index("all")][:, ENDS].isneginf()  # 4 said, 6 wanted
     assert torch.equal(ends.all(-1), tree.depths < 2)
@@ -110,9 +124,15 @@ def test_expanded_nodes_over_a_reduced_vocabulary():
     tokens = torch.tensor([[9, 4, 31, 0, 4, 1]]).expand(len(slots), -1)  # of the first two levels
     logits = logits_of(len(slots), 2, 2 * len(ids))[..., : len(ids)]  # a view
     history = ops.History(tokens, tree.ancestors, tree.nodes[[3, 4]])
+    masks = torch.full((len(slots), 2, 4), -1, dtype=torch.int32)
+    masks[:, 1, 1] = 0  # of tokens 32 to 63
     positions = torch.arange(9, 13).repeat(len(slots), 1)
     levels = torch.tensor([2, 2])
-    adjusted, _ = assert_same_adjustment(logits, table, slots, positions, levels, history, ids)
+    adjusted, _ = assert_same_adjustment(logits, table, slots, positions, levels, history, ids,
+                                          masks=masks)  # fmt: skip
+    form = adjusted[list(REQUESTS).index("form")].isneginf()
+    assert ids[form[1]].tolist() == [32, 33, 34, 36]
+    assert not form[0].any()
     row = list(REQUESTS).index("presence, frequency")
     # The output holds 1 and 31 once and 4 twice; node 3's path adds 4 and 0, node 4's 31 and 4.
     counts = torch.zeros(2, vocab)

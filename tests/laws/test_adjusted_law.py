@@ -6,6 +6,8 @@ at full length. The same measurement has to reject each planted bug.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -139,22 +141,22 @@ def test_fifty_random_combinations(params, tree, rule, pair):
 
 
 def _plant(monkeypatch, wrap):
-    """``wrap(real, logits, table, slots, positions, levels, history, token_ids, raw)``."""
+    """``wrap(real, logits, table, slots, positions, levels, history, token_ids, masks, raw)``."""
     real = ops.adjust_logits
     monkeypatch.setattr(adjusting.ops, "adjust_logits", lambda *args: wrap(real, *args))
 
 
-def _assert_rejected(params, tree="bushy", rule="coupled", rows=20_000):
+def _assert_rejected(params, tree="bushy", rule="coupled", rows=20_000, pair=PAIR):
     factory = RULES[rule] if isinstance(rule, str) else rule
-    fit = fit_of(params, tree, factory, rows)
+    fit = fit_of(params, tree, factory, rows, pair)
     assert min(fit.first_token, fit.joint) < REJECT, f"the planted bug went unseen: {fit}"
 
 
 @pytest.mark.parametrize("name", ["repetition", "presence", "frequency"])
 @pytest.mark.parametrize("rule", SERVED)
 def test_rejects_a_path_left_out_of_the_history(monkeypatch, rule, name):
-    def plant(real, logits, table, slots, positions, levels, history, token_ids, raw):
-        real(logits, table, slots, positions, levels, None, token_ids, raw)
+    def plant(real, logits, table, slots, positions, levels, history, token_ids, masks, raw):
+        real(logits, table, slots, positions, levels, None, token_ids, masks, raw)
 
     _plant(monkeypatch, plant)
     _assert_rejected(PARAMS[name], rule=rule)
@@ -183,9 +185,9 @@ def test_rejects_min_tokens_off_by_one(monkeypatch, off):
 def test_rejects_a_bias_left_out_at_one_depth(monkeypatch, depth):
     """At the root, which decides about its children, or at the children alone."""
 
-    def plant(real, logits, table, slots, positions, levels, history, token_ids, raw):
+    def plant(real, logits, table, slots, positions, levels, history, token_ids, masks, raw):
         before = logits.clone()
-        real(logits, table, slots, positions, levels, history, token_ids, raw)
+        real(logits, table, slots, positions, levels, history, token_ids, masks, raw)
         if logits.shape[1] == len(levels) == TREES["bushy"].size:
             logits[:, levels == depth] = before[:, levels == depth]
 
@@ -193,12 +195,107 @@ def test_rejects_a_bias_left_out_at_one_depth(monkeypatch, depth):
     _assert_rejected(PARAMS["bias"])
 
 
+# --------------------------------------------------------------------- the form of a text
+
+
+def _form() -> torch.Tensor:
+    """After each token some tokens may come; after every fourth, one alone."""
+    form = torch.rand(VOCAB, VOCAB, generator=torch.Generator().manual_seed(3)) < 0.4
+    form[range(VOCAB), [(5 * t + 3) % VOCAB for t in range(VOCAB)]] = True
+    form[1::4] = torch.eye(VOCAB, dtype=torch.bool)[
+        [(3 * t + 7) % VOCAB for t in range(1, VOCAB, 4)]
+    ]
+    return form
+
+
+FORMED, FORMED_REDUCED = (replace(pair, form=_form()) for pair in (PAIR, REDUCED_PAIR))
+FORM = {"structured_outputs": {"json_object": True}}  # which form is the pair's
+FORMS = {
+    "form": SamplingParams(**FORM),
+    "form, filters, penalties": SamplingParams(
+        temperature=0.8, top_k=9, top_p=0.95, min_p=0.01, repetition_penalty=1.3,
+        presence_penalty=0.4, frequency_penalty=0.6, logit_bias={3: 2.0, 4: -1.0}, **FORM,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("rule", SERVED)
+@pytest.mark.parametrize("pair", [FORMED, FORMED_REDUCED], ids=["whole", "reduced"])
+def test_a_form(pair, rule, tree, name):
+    fit = assert_fits(FORMS[name], tree, rule, 8_000, pair)
+    assert fit.tokens_per_round > 1.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize("rule", SERVED)
+def test_a_form_at_full_length(rule, tree, name):
+    assert_fits(FORMS[name], tree, rule, 200_000, FORMED_REDUCED)
+
+
+def test_rejects_a_mask_left_out_at_one_depth(monkeypatch):
+    def plant(real, logits, table, slots, positions, levels, history, token_ids, masks, raw):
+        if masks is not None and masks.shape[1] > 1:
+            masks[:, levels == 1] = -1
+        real(logits, table, slots, positions, levels, history, token_ids, masks, raw)
+
+    _plant(monkeypatch, plant)
+    _assert_rejected(FORMS["form"], pair=FORMED)
+
+
+@pytest.mark.parametrize("rule", SERVED)
+def test_rejects_the_mask_of_a_nodes_parent(monkeypatch, rule):
+    def plant(real, logits, table, slots, positions, levels, history, token_ids, masks, raw):
+        if masks is not None and masks.shape[1] > 1:
+            masks = masks[:, list(TREES["bushy"].parents)]
+        real(logits, table, slots, positions, levels, history, token_ids, masks, raw)
+
+    _plant(monkeypatch, plant)
+    _assert_rejected(FORMS["form"], rule=rule, pair=FORMED)
+
+
+def test_foresight_that_is_wrong_costs_speed_alone(monkeypatch):
+    """Any tokens: exact where a rule says so, and one that says so wrongly is found out."""
+
+    class Careless(MultiRound):
+        any_proposal = True
+
+    def wrong(pair, roots, depth):
+        return (roots[:, None] * 3 + torch.arange(depth)) % (VOCAB + 1) - 1
+
+    right = fit_of(FORMS["form"], "bushy", RULES["coupled"], 20_000, FORMED)
+    monkeypatch.setattr(MarkovPair, "foreseen", wrong)
+    fit = assert_fits(FORMS["form"], "bushy", "coupled", 20_000, FORMED)
+    assert fit.tokens_per_round < right.tokens_per_round - 0.1
+    _assert_rejected(FORMS["form"], "bushy", Careless, pair=FORMED)
+
+
+def test_rejects_a_filtered_draft_that_reports_its_unfiltered_distribution(monkeypatch):
+    raw = []
+
+    def plant(round_, logits, above, masks):
+        raw.append(logits.clone())
+        adjusting.adjust_draft(round_, logits, above, masks)
+
+    class Unfiltered(MultiRound):
+        def propose(self, logits, depth, count):
+            children = super().propose(logits, depth, count)
+            self._draft_logits[-1] = raw[-1]
+            return children
+
+    monkeypatch.setattr(losslessness, "adjust_draft", plant)
+    _assert_rejected(FORMS["form"], rule=Unfiltered, pair=FORMED)
+
+
 def test_rejects_a_draft_distribution_that_was_not_adjusted(monkeypatch):
     raw = []
 
-    def plant(round_, logits, above):
+    def plant(round_, logits, above, masks):
         raw.append(logits.clone())
-        adjusting.adjust_draft(round_, logits, above)
+        adjusting.adjust_draft(round_, logits, above, masks)
 
     class Unadjusted(MultiRound):
         def propose(self, logits, depth, count):

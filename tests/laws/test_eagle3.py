@@ -73,10 +73,10 @@ def test_drafts_are_those_of_the_equations(tree, foreseen, variant, monkeypatch)
     naive = Naive(models, midlayer.norm_before_residual)
     rounds = []  # per round: the tree's tokens and each pass's logits
 
-    def recording_grow(tables, root, score, to_target):
+    def recording_grow(tables, root, score, to_target, foreseen):
         seen = []
         handle = models.drafter.head.register_forward_hook(lambda m, a, out: seen.append(out))
-        tokens = real_grow(tables, root, score, to_target)
+        tokens = real_grow(tables, root, score, to_target, foreseen)
         handle.remove()
         rounds.append((tokens, seen))
         return tokens

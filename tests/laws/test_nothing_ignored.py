@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from aquiline.core.errors import AquilineError
+from aquiline.core.guided_params import StructuredOutput
 from aquiline.core.outputs import RequestOutput
 from aquiline.core.params import SamplingParams, SpeculationParams
 from aquiline.engine.llm import LLM
@@ -43,6 +44,10 @@ def documented(llm: LLM, params: SamplingParams, choice: int = 0) -> list[int]:
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else (IM_END,))}
     words = [llm.tokenizer.encode(word)[0] for word in params.bad_words]
     spelled = replace(params, banned_token_ids=(*params.banned_token_ids, *words))
+    if params.structured_outputs is not None:
+        assert params.structured_outputs == StructuredOutput(regex="[d-n]*")
+        letters = tuple(token(letter) for letter in "defghijklmn")
+        spelled = replace(params, structured_outputs=None, allowed_token_ids=(*letters, IM_END))
     while len(said) < (params.max_tokens or 0):
         text = [*prompt, *said]
         logits = target.logits(features_of(target, text)[:, -1])[0]
@@ -109,6 +114,10 @@ CASES = {
     "prompt_logprobs": Case(
         {"prompt_logprobs": 0},
         lambda b, a: b.prompt_logprobs is None and a.prompt_logprobs is not None, {}, True,
+    ),
+    "structured_outputs": Case(
+        {"structured_outputs": {"regex": "[d-n]*"}},
+        lambda _, a: set(text(a)) <= set("defghijklmn"), {"ignore_eos": False},
     ),
 }  # fmt: skip
 

@@ -36,7 +36,7 @@ PARAMS = st.builds(
 def adjusted(table: Adjustments, row: int, logits: torch.Tensor, position: int) -> torch.Tensor:
     out = logits[None, None].clone()
     ops.adjust_logits(
-        out, table, torch.tensor([row]), torch.tensor([[position]]), None, None, None, None
+        out, table, torch.tensor([row]), torch.tensor([[position]]), None, None, None, None, None
     )
     return out[0, 0]
 

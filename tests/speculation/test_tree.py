@@ -144,3 +144,28 @@ def test_a_retrieved_chain_leaves_drafting_as_it_is(shape, nodes):
     assert tables.ancestors[first:, :first].sum(dim=1).tolist() == [1] * nodes  # the root
     assert tables.depths[first:].tolist() == list(range(1, nodes + 1))
     assert tables.routes[-1].tolist()[: nodes + 1] == [0, *range(first, first + nodes)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(shape=trees(), data=st.data())
+def test_what_is_foreseen_goes_down_the_first_children(shape, data):
+    """Siblings differ all the same, and other nodes are the draft's."""
+    foreseen = [data.draw(st.integers(0, 5)) for _ in range(shape.depth)]
+    known = data.draw(st.integers(0, shape.depth))
+
+    def propose(above, count):
+        return torch.arange(count).expand(2, 1 if above is None else above.expanded_tokens.shape[1],
+                                          count)  # fmt: skip
+
+    row = torch.tensor([foreseen[:known] + [-1] * (shape.depth - known), [-1] * shape.depth])
+    tokens, free = grow(
+        shape.tables(CPU), torch.tensor([7, 7]), propose, lambda ids: ids, row
+    ).tolist()
+    assert free == [7, *(path[-1] for path in shape.paths)]
+    for node, path in enumerate(shape.paths, start=1):
+        children = [tokens[child] for child in shape.children[node - 1]]
+        assert len(set(children)) == len(children)
+        if not any(path) and len(path) <= known:
+            assert tokens[node] == foreseen[len(path) - 1]
+        elif any(path[:-1]):
+            assert tokens[node] == free[node]

@@ -25,6 +25,7 @@ def adjust_logits(
     levels: Tensor | None,
     history: History | None,
     token_ids: Tensor | None,
+    masks: Tensor | None,
     raw: Tensor | None,
 ) -> None:
     """Adjust logits [B, N, V] in place, as adjustments.py says; banned tokens get -inf.
@@ -36,11 +37,14 @@ def adjust_logits(
             of each row of logits; None: column n for row n.
         history: the tokens between root and row; None: there are none.
         token_ids: [V] the token that each index stands for; None: itself.
+        masks: [B, N, ceil(V / 32)] int32, contiguous: the tokens that the form allows, of requests
+            that have one; bit t % 32 of word t // 32 stands for token t. None: nothing is known of
+            what may come here.
         raw: [B, N, V] contiguous; gets the logits as they were, of requests that are adjusted and
             want log-probabilities. None: nobody does.
     """
     run = adjust.adjust_logits if on_triton(logits) else reference_adjust.adjust_logits
-    run(logits, table, slots, positions, levels, history, token_ids, raw)
+    run(logits, table, slots, positions, levels, history, token_ids, masks, raw)
 
 
 def count_tokens(table: AdjustmentTable, slots: Tensor, tokens: Tensor, how_many: Tensor) -> None:

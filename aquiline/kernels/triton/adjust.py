@@ -21,6 +21,7 @@ BIAS = tl.constexpr(int(rows_of.Flag.BIAS))
 BANS = tl.constexpr(int(rows_of.Flag.BANS))
 MIN_TOKENS = tl.constexpr(int(rows_of.Flag.MIN_TOKENS))
 LOGPROBS = tl.constexpr(int(rows_of.Flag.LOGPROBS))
+FORM = tl.constexpr(int(rows_of.Flag.FORM))
 ADJUSTING = tl.constexpr(int(rows_of.ADJUSTING))
 MAX_COUNT = tl.constexpr(rows_of.MAX_COUNT)
 TOP = tl.constexpr(rows_of.TOP_LOGPROBS)
@@ -58,8 +59,8 @@ def _bit(words, ids, inside):
 def _adjust_kernel(
     logits, stride_b, stride_n, raw, flags, repetition, presence, frequency, prompt_seen, counts,
     bias_ids, bias_values, allowed, end_ids, min_length, slots, positions, stride_p, levels,
-    tokens, stride_t, drafted, ancestors, tree, node_of, token_ids, rows, width, vocab, words,
-    BIASED: tl.constexpr, ENDS: tl.constexpr, CHUNK: tl.constexpr,
+    tokens, stride_t, drafted, ancestors, tree, node_of, token_ids, masks, rows, width, vocab,
+    words, BIASED: tl.constexpr, ENDS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """``width`` indices of logits, ``vocab`` tokens of the table; ``drafted`` columns of tokens."""
     b, n = tl.program_id(0) // rows, tl.program_id(0) % rows
@@ -111,6 +112,10 @@ def _adjust_kernel(
                 ends = end_ids + slot * ENDS
                 is_end = tl.load(ends + _place(ends, ids, ENDS)) == ids
                 scores = tl.where(is_end, NEGATIVE_INFINITY, scores)
+        if masks is not None:
+            if (flag & FORM) != 0:
+                may = _bit(masks + tl.program_id(0).to(tl.int64) * words, ids, inside) != 0
+                scores = tl.where(may, scores, NEGATIVE_INFINITY)
         tl.store(row + at, scores.to(stored.dtype), mask=inside)
 
 
@@ -122,9 +127,11 @@ def adjust_logits(
     levels: Tensor | None,
     history: History | None,
     token_ids: Tensor | None,
+    masks: Tensor | None,
     raw: Tensor | None,
 ) -> None:
     assert logits.stride(-1) == 1
+    assert masks is None or masks.is_contiguous()
     assert raw is None or raw.is_contiguous()
     batch, rows, width = logits.shape
     positions = _unit_stride(positions)
@@ -133,8 +140,8 @@ def adjust_logits(
         logits, logits.stride(0), logits.stride(1), raw, table.flags, table.repetition,
         table.presence, table.frequency, table.prompt_seen, table.counts, table.bias_ids,
         table.bias_values, table.allowed, table.end_ids, table.min_length, slots.contiguous(),
-        positions, positions.stride(0), levels, *_path(history), token_ids, rows, width,
-        table.vocab, table.allowed.shape[1], table.bias_ids.shape[1],
+        positions, positions.stride(0), levels, *_path(history), token_ids, masks, rows,
+        width, table.vocab, table.allowed.shape[1], table.bias_ids.shape[1],
         table.end_ids.shape[1], chunk, num_warps=8,
     )  # fmt: skip
 

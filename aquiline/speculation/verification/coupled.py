@@ -20,6 +20,8 @@ from aquiline.speculation.verification.verdict import Verdict
 class Coupled:
     """The rule for one round of a batch, see ``rules.Rule``."""
 
+    any_proposal = True
+
     def __init__(self, round_: RoundNoise) -> None:
         self.round = round_
         self._noise = position_noise(round_.sampling, round_.positions, round_.vocab)

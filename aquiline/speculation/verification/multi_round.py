@@ -27,6 +27,8 @@ from aquiline.speculation.verification.verdict import Verdict, verdict_of
 class MultiRound:
     """The rule for one round of a batch, see ``rules.Rule``."""
 
+    any_proposal = False
+
     def __init__(self, round_: RoundNoise) -> None:
         self.round = round_
         self._noise = position_noise(

@@ -18,7 +18,13 @@ from aquiline.speculation.verification.verdict import Verdict
 
 
 class Rule(Protocol):
-    """One round of a batch under one rule; used once."""
+    """One round of a batch under one rule; used once.
+
+    Attributes:
+        any_proposal: nodes may hold any tokens, if siblings differ; else those it proposed alone.
+    """
+
+    any_proposal: bool
 
     def propose(self, logits: Tensor, depth: int, count: int) -> Tensor:
         """Draft logits [B, E, Vd] of the expanded nodes, adjusted -> their children at ``depth``.
