@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
-from aquiline.core.errors import AquilineError
 from aquiline.core.outputs import RequestOutput
 from aquiline.core.params import SamplingParams
 from aquiline.engine.async_llm import AsyncLLM, Stream
@@ -43,8 +42,6 @@ class Serving:
 
     def params(self, given: Mapping[str, Any]) -> SamplingParams:
         """The checkpoint's defaults with what was given; raises AquilineError."""
-        if "structured_outputs" in given:
-            raise AquilineError("structured_outputs: not served yet; leave it out")
         return self.llm.default_sampling_params(**given)
 
     async def tokens(self, encode: Callable[[], list[int]], characters: int) -> list[int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from typing import Any
 
+import jsonschema
 import openai
 import pytest
 
@@ -177,6 +179,32 @@ def test_no_ops_are_accepted(client: openai.OpenAI, alone: LLM) -> None:
     for field in ({"store": True}, {"service_tier": "flex"}, {"best_of": 2}, {"echo": True}):
         with pytest.raises(openai.BadRequestError, match=f"{next(iter(field))}: not served beyond"):
             client.chat.completions.create(model=NAME, messages=TALK, extra_body=field)
+
+
+def test_texts_of_a_form(client: openai.OpenAI) -> None:
+    """A schema, a choice and a tool that must be called; a schema that cannot be held is named."""
+    schema = {
+        "type": "object", "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}},
+        "required": ["a", "b"], "additionalProperties": False,
+    }  # fmt: skip
+    asked: dict[str, Any] = {"model": NAME, "messages": TALK, "max_tokens": 200, "seed": 3}
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    for temperature in (0.0, 1.0):
+        answer = client.chat.completions.create(
+            **asked, temperature=temperature, response_format=form
+        )
+        assert answer.choices[0].finish_reason == "stop"
+        jsonschema.validate(json.loads(answer.choices[0].message.content or ""), schema)
+    chosen = client.chat.completions.create(**asked, extra_body={"guided_choice": ["ab", "ba"]})
+    assert chosen.choices[0].message.content in ("ab", "ba")
+    tool: Any = {"type": "function", "function": {"name": "add", "parameters": schema}}
+    called = client.chat.completions.create(**asked, tools=[tool], tool_choice="required")
+    (call,) = called.choices[0].message.tool_calls or ()
+    assert call.function.name == "add"
+    jsonschema.validate(json.loads(call.function.arguments), schema)
+    form["json_schema"]["schema"] = {"type": "object", "not": {}}
+    with pytest.raises(openai.BadRequestError, match="not"):
+        client.chat.completions.create(**asked, response_format=form)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
