@@ -29,9 +29,9 @@ from torch.profiler import ProfilerActivity, profile
 from aquiline.cli.options import BUILT_IN
 from aquiline.core.params import SamplingParams, SpeculationParams
 from aquiline.decoding.models import DecoderModels
-from aquiline.engine.config import EngineConfig
+from aquiline.engine.config import PREFILL_BUDGETS, EngineConfig
 from aquiline.engine.engine import Engine
-from aquiline.engine.loader import PREFILL_TOKENS, LoadedModel
+from aquiline.engine.loader import LoadedModel
 from aquiline.engine.runner import bucket_of
 from aquiline.models.registry import resolve
 from aquiline.speculation.dispatch.dispatcher import OneTree
@@ -169,7 +169,7 @@ def engine_of(models: DecoderModels, tokenizer: Any, batch: int, context: int) -
     )  # fmt: skip
     loaded = LoadedModel(
         models, tokenizer, OneTree(CHAIN), room, None, length,
-        PREFILL_TOKENS[models.device.type], {},
+        PREFILL_BUDGETS[models.device.type], {},
     )  # fmt: skip
     return Engine(config, loaded)
 

@@ -76,6 +76,9 @@ def data(
     batch: Annotated[
         int | None, typer.Option(help="Answers under way at once; default: by device.")
     ] = None,
+    kv_cache_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the answers' cache; default: most of the memory.")
+    ] = None,
     draft: options.Draft = None,
     method: options.Method = "eagle",
     tree: options.Tree = None,
@@ -129,6 +132,7 @@ def data(
         llm = LLM(
             target, dtype, config if speculate else None,  # type: ignore[arg-type]
             max_num_seqs=rows, max_model_len=min(max_length, context),
+            kv_cache_tokens=kv_cache_tokens,
         )  # fmt: skip
         entries = _regenerate(llm, entries, settings, text, report, console)
         del llm  # its memory, before processes are forked
