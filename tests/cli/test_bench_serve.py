@@ -12,6 +12,13 @@ from aquiline.cli.main import main
 from tests.evaluation.fake_openai import Fake, serving
 
 
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"number {i}"}) + "\n" for i in range(5)))
+    return file
+
+
 def aquiline(monkeypatch: pytest.MonkeyPatch, *args: object) -> object:
     """The exit code of a command run in this process."""
     monkeypatch.setattr(sys, "argv", ["aquiline", *map(str, args)])
@@ -24,13 +31,13 @@ def aquiline(monkeypatch: pytest.MonkeyPatch, *args: object) -> object:
 
 @pytest.mark.usefixtures("capsys")
 def test_a_load_is_measured_stored_and_reported(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, prompts: Path
 ) -> None:
     out, html = tmp_path / "serving.json", tmp_path / "report.html"
     with serving(Fake(first=0.02, gap=0.01)) as fake:
         base = ("bench", "serve", "--base-url", fake.url, "--out", out)
         code = aquiline(
-            monkeypatch, *base, "--requests", 5, "--concurrency", "1,4",
+            monkeypatch, *base, "--prompts", prompts, "--requests", 5, "--concurrency", "1,4",
             "--goodput", "ttft:5000,ttit:500", "--warm-up", 2, "--api-key", "secret-1",
         )  # fmt: skip
         assert code == 0
@@ -89,13 +96,13 @@ def test_a_load_is_measured_stored_and_reported(
 def test_bad_loads_end_in_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    prompts: Path,
     args: tuple[str, ...],
     named: str,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    code = aquiline(
-        monkeypatch, "bench", "serve", "--base-url", "http://127.0.0.1:9", *args
-    )  # fmt: skip
+    base = ("bench", "serve", "--base-url", "http://127.0.0.1:9", "--prompts", prompts)
+    code = aquiline(monkeypatch, *base, *args)
     error = capsys.readouterr().err
     assert code == 2, error
     assert named in error
