@@ -42,7 +42,7 @@ def test_turns_of_a_conversation(shape: str, page_size: int, make: Make) -> None
     and one token more; text and drafting are those without a cache."""
     cached = make("mixed", SHAPES[shape], "bad-draft", page_size=page_size, **LONG)
     plain = make("mixed", SHAPES[shape], "bad-draft", enable_prefix_caching=False, **LONG)
-    depth = {"plain": 0, "chain": 3, "tree": 3, "eagle-25": 5}[shape]
+    depth = {"plain": 0, "chain": 3, "tree": 3, "eagle-25": 5, "retrieving": 5}[shape]
     got, expected = conversation(cached, 10, WARM), conversation(plain, 10, WARM)
     assert list(map(said, got)) == list(map(said, expected))
     assert [one.speculation for one in got] == [one.speculation for one in expected]
