@@ -73,6 +73,7 @@ class Update:
     request_id: int
     finished: bool
     deltas: tuple[Delta, ...]
+    num_cached_tokens: int
     prompt_logprobs: PromptLogprobs | None = None
 
 

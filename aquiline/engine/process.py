@@ -174,7 +174,8 @@ class EngineLoop:
             self._owing.discard(ours)
         if output.finished:
             self._forget(ours)
-        return Update(theirs, output.finished, output.deltas, prompt)
+        cached = output.num_cached_tokens
+        return Update(theirs, output.finished, output.deltas, cached, prompt)
 
     def _forget(self, ours: int) -> None:
         self._owing.discard(ours)

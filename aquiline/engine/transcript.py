@@ -27,12 +27,15 @@ class Transcript:
         self.request_id, self.prompt_token_ids = request_id, prompt_token_ids
         self._choices = [_Choice(index, wants_logprobs) for index in range(n)]
         self._prompt: PromptLogprobs | None = None
+        self._cached: int | None = None  # in the first engine
 
     def add(self, update: Update) -> RequestOutput:
         """Take in an update; the request's state after it."""
         for delta in update.deltas:
             self._choices[delta.index].add(delta)
         self._prompt = update.prompt_logprobs or self._prompt
+        if self._cached is None:
+            self._cached = update.num_cached_tokens
         prompt = self._prompt
         completions = [choice.completion_now() for choice in self._choices]
         statistics = [choice.statistics_now() for choice in self._choices]
@@ -41,6 +44,7 @@ class Transcript:
             lambda: tuple(completion() for completion in completions),
             lambda: SpeculationStats.sum(statistic() for statistic in statistics),
             lambda: prompt,
+            self._cached,
         )  # fmt: skip
 
     def said(self) -> tuple[Said, ...]:

@@ -8,18 +8,20 @@ from typing import Any
 from aquiline.core.outputs import Logprob, Logprobs, PromptLogprobs, RequestOutput, SpeculationStats
 
 
-def usage(prompt_tokens: int, tokens: int) -> dict[str, int]:
-    """Counts of tokens."""
+def usage(prompt_tokens: int, cached_tokens: int, tokens: int) -> dict[str, Any]:
+    """Counts of tokens; ``cached_tokens`` of the prompt's came from the prefix cache."""
     return {
         "prompt_tokens": prompt_tokens, "completion_tokens": tokens,
         "total_tokens": prompt_tokens + tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }  # fmt: skip
 
 
-def usage_of(outputs: Sequence[RequestOutput]) -> dict[str, int]:
+def usage_of(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     """Of finished requests."""
+    cached = sum(output.num_cached_tokens for output in outputs)
     tokens = sum(len(one.token_ids) for output in outputs for one in output.outputs)
-    return usage(sum(len(output.prompt_token_ids) for output in outputs), tokens)
+    return usage(sum(len(output.prompt_token_ids) for output in outputs), cached, tokens)
 
 
 def speculation(outputs: Sequence[RequestOutput]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
@@ -106,7 +107,8 @@ def test_says_what_llm_says_aborts_and_refuses(options: dict[str, Any]) -> None:
 
 
 def test_goes_on_after_a_kill(options: dict[str, Any], alone: LLM) -> None:
-    """Killed at different moments, with and without a seed of the request's own."""
+    """Killed at different moments, with and without a seed of the request's own; one text has a
+    form, whose grammar has to stand where that text ends."""
     asked = prompts(6, seed=3)
     params = [
         SamplingParams(
@@ -115,6 +117,8 @@ def test_goes_on_after_a_kill(options: dict[str, Any], alone: LLM) -> None:
         )
         for i in range(6)
     ]  # fmt: skip
+    form = {"regex": "([a-m]{2}[n-z]){50}"}
+    params[3] = replace(params[3], ignore_eos=False, structured_outputs=form)
 
     async def test() -> None:
         async with running(options) as llm:
@@ -135,6 +139,7 @@ def test_goes_on_after_a_kill(options: dict[str, Any], alone: LLM) -> None:
             seeded = [stream.params for stream in streams]
             for output, expected in zip(done, alone.generate(asked, seeded), strict=True):
                 assert_same(output, expected)
+            assert re.fullmatch(form["regex"], done[3].outputs[0].text)
 
     wait(test())
 

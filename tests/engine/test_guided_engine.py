@@ -110,6 +110,21 @@ def test_preempted_texts_keep_their_form(
         assert [c.token_ids for c in output.outputs] == [c.token_ids for c in other.outputs]
 
 
+@pytest.mark.parametrize("shape", ["plain", "retrieving"])
+def test_forms_begin_where_prompts_end(shape: str, make: Make) -> None:
+    """Prompts run in stretches, and asked again, from the prefix cache: all but the last token."""
+    llm = make("mixed", SHAPES[shape], page_size=4, max_num_batched_tokens=7)
+    asked, params = prompts(8), forms_and_none(8, 30)
+    expected = make("mixed", None, max_num_seqs=1).generate(asked, params)
+    for known in (0, 1):
+        outputs = llm.generate(asked, params)
+        assert list(map(said, outputs)) == list(map(said, expected))
+        for output in outputs:
+            cached = len(output.prompt_token_ids) - 1
+            assert output.num_cached_tokens == cached or not known
+    assert_idle(llm)
+
+
 def test_choices_have_matchers_of_their_own(make: Make) -> None:
     params = replace(WARM, n=5, seed=4, structured_outputs={"regex": LETTERS})
     (output,) = make("mixed", TREE).generate("abc", params)

@@ -17,7 +17,17 @@ from aquiline.core.outputs import RequestOutput, SpeculationStats
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
 from tests.tiny_checkpoint import CYCLE
-from tests.tiny_engine import CHAIN, SHAPES, TREE, Make, assert_idle, mixed_params, prompts, said
+from tests.tiny_engine import (
+    CHAIN,
+    GREEDY,
+    SHAPES,
+    TREE,
+    Make,
+    assert_idle,
+    mixed_params,
+    prompts,
+    said,
+)
 
 WARM = SamplingParams(temperature=30.0, seed=3, max_tokens=9, ignore_eos=True)
 LONG: dict[str, Any] = {"max_model_len": 240, "kv_cache_tokens": 1000}
@@ -42,7 +52,7 @@ def test_turns_of_a_conversation(shape: str, page_size: int, make: Make) -> None
     and one token more; text and drafting are those without a cache."""
     cached = make("mixed", SHAPES[shape], "bad-draft", page_size=page_size, **LONG)
     plain = make("mixed", SHAPES[shape], "bad-draft", enable_prefix_caching=False, **LONG)
-    depth = {"plain": 0, "chain": 3, "tree": 3, "eagle-25": 5}[shape]
+    depth = {"plain": 0, "chain": 3, "tree": 3, "eagle-25": 5, "retrieving": 5}[shape]
     got, expected = conversation(cached, 10, WARM), conversation(plain, 10, WARM)
     assert list(map(said, got)) == list(map(said, expected))
     assert [one.speculation for one in got] == [one.speculation for one in expected]
@@ -52,6 +62,22 @@ def test_turns_of_a_conversation(shape: str, page_size: int, make: Make) -> None
         assert known - (depth + 2) <= output.num_cached_tokens <= max(known - 1, 0)
         known = len(output.prompt_token_ids) + len(output.outputs[0].token_ids)
     assert shape == "plain" or sum(sum(o.speculation.accepted_by_depth) for o in got) > 5
+
+
+@pytest.mark.parametrize("page_size", [4, 32])
+def test_retrieval_looks_up_what_was_cached(page_size: int, make: Make) -> None:
+    """The target recites the alphabet and the draft does not, so only the prompt tells what comes
+    next; where it tells it lies in pages that are shared, or in the one that is copied."""
+    shape = SHAPES["retrieving"]
+    cached = make("clean", shape, "bad-draft", page_size=page_size)
+    plain = make("clean", shape, "bad-draft", enable_prefix_caching=False)
+    prompt = {"prompt_token_ids": [*CYCLE, *CYCLE[:5]]}
+    _, again = (cached.generate(prompt, GREEDY)[0] for _ in range(2))
+    (expected,) = plain.generate(prompt, GREEDY)
+    assert again.num_cached_tokens == len(prompt["prompt_token_ids"]) - 1
+    assert said(again) == said(expected)
+    assert again.speculation == expected.speculation
+    assert again.speculation.tokens_per_call > 3
 
 
 @pytest.mark.parametrize("method", ["bad-draft", "bad-eagle3"])

@@ -207,6 +207,23 @@ def test_texts_of_a_form(client: openai.OpenAI) -> None:
         client.chat.completions.create(**asked, response_format=form)
 
 
+def test_usage_tells_what_the_prefix_cache_had(client: openai.OpenAI) -> None:
+    """All but the last token of a prompt that is asked again, in one piece and in streams."""
+    asked: dict[str, Any] = {"model": NAME, "max_tokens": 3, "temperature": 0}
+    streamed: dict[str, Any] = {**asked, "stream": True, "stream_options": {"include_usage": True}}
+    talk: list[Any] = [{"role": "user", "content": "nothing before began like this"}]
+    texts = ["no text before began so", "other texts began otherwise"]
+    for create, new, count in (
+        (client.chat.completions.create, {"messages": talk}, 1),
+        (client.completions.create, {"prompt": texts}, 2),
+    ):
+        first, again = create(**asked, **new).usage, create(**asked, **new).usage
+        (*_, last) = create(**streamed, **new)
+        assert first.prompt_tokens_details.cached_tokens < first.prompt_tokens - 2 * count
+        assert again.prompt_tokens_details.cached_tokens == again.prompt_tokens - count
+        assert last.usage == again
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_curl(server: Running) -> None:
     body = '{"prompt": "abc", "temperature": 0, "max_tokens": 3, "stream": true}'

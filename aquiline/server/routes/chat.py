@@ -80,11 +80,13 @@ class Answer:
                         text += rest
                     chunk = self._delta_chunk(delta, text, calls)
                     if options is not None and options.continuous_usage_stats:
-                        chunk["usage"] = answers.usage(job.prompt_tokens, tokens)
+                        chunk["usage"] = answers.usage(
+                            job.prompt_tokens, output.num_cached_tokens, tokens
+                        )
                     yield chunk
         if self.body.wants_last_chunk:
             last = self._head("chat.completion.chunk") | {"choices": []}
-            last["usage"] = answers.usage(job.prompt_tokens, tokens)
+            last["usage"] = answers.usage(job.prompt_tokens, output.num_cached_tokens, tokens)
             if self.body.return_speculation:
                 last["speculation"] = answers.speculation([output])
             yield last

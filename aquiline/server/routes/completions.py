@@ -70,12 +70,17 @@ class Answer:
 
     async def chunks(self, jobs: list[Job]) -> AsyncGenerator[dict[str, Any]]:
         """As they come, the usage last."""
-        options, tokens, ends = self.body.stream_options, 0, dict[int, RequestOutput]()
+        options, tokens, latest = self.body.stream_options, 0, dict[int, RequestOutput]()
         prompt_tokens = sum(job.prompt_tokens for job in jobs)
         offsets: dict[int, int] = {}
+
+        def usage() -> dict[str, Any]:
+            cached = sum(output.num_cached_tokens for output in latest.values())
+            return answers.usage(prompt_tokens, cached, tokens)
+
         async with aclosing(merged(jobs)) as outputs:
             async for place, output in outputs:
-                ends[place] = output
+                latest[place] = output
                 for delta in output.deltas:
                     tokens += len(delta.token_ids)
                     index = place * self.body.n + delta.index
@@ -89,13 +94,13 @@ class Answer:
                         choice["depths"] = delta.depths
                     chunk = self._head() | {"choices": [choice]}
                     if options is not None and options.continuous_usage_stats:
-                        chunk["usage"] = answers.usage(prompt_tokens, tokens)
+                        chunk["usage"] = usage()
                     yield chunk
         if self.body.wants_last_chunk:
             last = self._head() | {"choices": []}
-            last["usage"] = answers.usage(prompt_tokens, tokens)
+            last["usage"] = usage()
             if self.body.return_speculation:
-                last["speculation"] = answers.speculation([ends[at] for at in sorted(ends)])
+                last["speculation"] = answers.speculation([latest[at] for at in sorted(latest)])
             yield last
 
     def _head(self) -> dict[str, Any]:
