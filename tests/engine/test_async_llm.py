@@ -144,6 +144,7 @@ def test_goes_on_after_a_kill(options: dict[str, Any], alone: LLM) -> None:
     wait(test())
 
 
+@pytest.mark.slow
 def test_a_request_under_two_ends_is_given_up(options: dict[str, Any]) -> None:
     async def test() -> None:
         async with running(options) as llm:

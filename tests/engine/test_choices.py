@@ -31,7 +31,7 @@ def texts(output: RequestOutput) -> list[tuple[int, ...]]:
     return [choice.token_ids for choice in output.outputs]
 
 
-@pytest.mark.parametrize("page_size", [1, 8])
+@pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_choices_are_those_of_plain_decoding_at_page_edges(page_size: int, make: Make) -> None:
     """Rows for four choices of five at a time; the plain engine has one, so shares nothing."""
     params = replace(WARM, n=5, max_tokens=12)
