@@ -45,7 +45,7 @@ def conversation(llm: LLM, turns: int, params: SamplingParams) -> list[RequestOu
     return outputs
 
 
-@pytest.mark.parametrize("page_size", [1, 4, 8])
+@pytest.mark.parametrize("page_size", [pytest.param(1, marks=pytest.mark.slow), 8])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_turns_of_a_conversation(shape: str, page_size: int, make: Make) -> None:
     """All of the last turn comes from the cache but its last token, what the last round accepted,
