@@ -18,6 +18,7 @@ from aquiline.evaluation.load import (
     task_prompts,
     trace,
 )
+from aquiline.evaluation.tasks import TaskPrompt
 
 
 def written(path: Path, *rows: object) -> Path:
@@ -97,11 +98,14 @@ def test_prompt_files_hold_chats_and_texts(tmp_path: Path) -> None:
         file_prompts(tmp_path / "absent.jsonl")
 
 
-def test_random_and_benchmark_prompts() -> None:
+def test_random_and_benchmark_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = random_prompts(3, 40, seed=1)
     assert [len(one.prompt) for one in prompts] == [40] * 3
     assert not prompts[0].is_chat
     ids = {token for one in prompts for token in one.prompt}
     assert RANDOM_IDS[0] <= min(ids) <= max(ids) < RANDOM_IDS[1]  # type: ignore[type-var]
-    assert len(task_prompts("mt-bench")) == 80
-    assert all(one.is_chat for one in task_prompts("humaneval"))
+    asked = TaskPrompt("mt-bench", "81", "writing", ("first", "second"))
+    monkeypatch.setattr("aquiline.evaluation.load.load_task", lambda name: [asked])
+    (planned,) = task_prompts("mt-bench")
+    assert planned.is_chat
+    assert planned.prompt == ({"role": "user", "content": "first"},)
