@@ -94,9 +94,10 @@ def _handler(fake: Fake) -> type[BaseHTTPRequestHandler]:
                 self.end_headers()
                 for event in fake.events(body, self.path.endswith("chat/completions")):
                     text = event if isinstance(event, str) else json.dumps(event)
+                    if text == "[DONE]":  # where a client may go on to its next request
+                        with fake.lock:
+                            fake.now -= 1
                     self._chunk(f"data: {text}\n\n".encode())
-                with fake.lock:
-                    fake.now -= 1
                 self._chunk(b"")
             except BaseException:
                 with fake.lock:
