@@ -25,7 +25,7 @@ from aquiline import LLM, SamplingParams
 from aquiline.cli.options import BUILT_IN
 from aquiline.cli.tune import prompt_texts
 from aquiline.decoding.models import DecoderModels
-from aquiline.decoding.round import decode_round
+from aquiline.decoding.round import Round
 from aquiline.decoding.rows import advance
 from aquiline.evaluation.costs import measure_round_ms, pages_of, synthetic_rows
 from aquiline.evaluation.latency import measure_decoding
@@ -212,8 +212,8 @@ def resync(options: argparse.Namespace, models: DecoderModels) -> Iterator[Row]:
             rows = synthetic_rows(models, width, batch, options.context, 0.0, (count - 1) // batch)
 
             def work(rows: Any = rows, planes: Any = planes) -> Any:
-                return decode_round(models, planes, tables, RULES["coupled"], rows.page_table,
-                                    rows.state, rows.sampling)  # fmt: skip
+                return Round(models, planes, tables, RULES["coupled"], rows.page_table,
+                                    rows.state, rows.sampling).run()  # fmt: skip
 
             times.append(work_ms(work, device))
         del planes

@@ -14,7 +14,7 @@ import torch
 from aquiline.core.params import SamplingParams, VerificationRule
 from aquiline.decoding.models import DecoderModels
 from aquiline.decoding.prefill import prefill
-from aquiline.decoding.round import decode_round
+from aquiline.decoding.round import Round
 from aquiline.decoding.state import DecodeState
 from aquiline.sampling.adjust import Adjustments, flags_of
 from aquiline.sampling.batch import SamplingBatch
@@ -71,7 +71,7 @@ def decode_prompts(
     left = [max_tokens - 1 if token not in end_tokens else 0 for token in state.roots.tolist()]
     while active := tuple(row for row in range(count) if left[row] > 0):
         rows = torch.tensor(active, device=device)
-        result = decode_round(
+        result = Round(
             models,
             planes,
             tree,
@@ -79,7 +79,7 @@ def decode_prompts(
             page_table[rows],
             state.select(rows),
             sampling.select(rows),
-        )
+        ).run()
         state.store(rows, result.state)
         emitted, accepted = result.verdict.tokens.tolist(), result.verdict.accepted.tolist()
         for row, new, depth in zip(active, emitted, accepted, strict=True):

@@ -50,7 +50,8 @@ class RoundResult:
 
 
 class Round:
-    """One round of a batch: ``draft``, ``verify`` and ``accept`` once each, in this order.
+    """One round of a batch: ``draft``, ``verify`` and ``accept`` once each, in this order; ``run``
+    is all three, for texts that may have any form.
 
     Args:
         page_table: [B, M]; every request owns slots for ``tree.shape.size`` tokens past its length.
@@ -116,22 +117,12 @@ class Round:
         _commit_path(self.planes.target, self.tree, self.page_table, lengths, verdict)
         return RoundResult(verdict, _next_state(lengths, self.features, verdict), logprobs)
 
-
-@torch.inference_mode()
-def decode_round(
-    models: DecoderModels,
-    planes: Planes,
-    tree: TreeTables,
-    rule_factory: RuleFactory,
-    page_table: Tensor,
-    state: DecodeState,
-    sampling: SamplingBatch,
-) -> RoundResult:
-    """A whole round of texts that may have any form; see Round."""
-    round_ = Round(models, planes, tree, rule_factory, page_table, state, sampling)
-    round_.draft()
-    round_.verify()
-    return round_.accept()
+    @torch.inference_mode()
+    def run(self) -> RoundResult:
+        """The whole round."""
+        self.draft()
+        self.verify()
+        return self.accept()
 
 
 def _retrieve(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.models import DecoderModels, Planes
-from aquiline.decoding.round import Round, RoundResult, decode_round
+from aquiline.decoding.round import Round, RoundResult
 from aquiline.decoding.state import DecodeState
 from aquiline.sampling.adjust import Adjustments
 from aquiline.sampling.batch import SamplingBatch
@@ -91,8 +91,8 @@ def advance(
     models: DecoderModels, planes: Planes, tree: TreeTables, rule: RuleFactory, rows: DeviceRows
 ) -> Emitted:
     """One round of all rows, in place."""
-    result = decode_round(models, planes, tree, rule, rows.page_table, rows.state, rows.sampling)
-    return _emit(rows, result)
+    round_ = Round(models, planes, tree, rule, rows.page_table, rows.state, rows.sampling)
+    return _emit(rows, round_.run())
 
 
 @dataclass(frozen=True)

@@ -94,11 +94,12 @@ class Scheduler:
         """A prefill or a round, in turn while there is work for both."""
         for stretch in self._last.prefills:
             self._keep(stretch.sequence)
-        if not (self._last.prefills and self._decodes()):
-            self._last = self._prefill()
+        decodes = self._decodes()
+        if not (self._last.prefills and decodes):
+            self._last = self._prefill(bool(decodes))
             if self._last.prefills:
                 return self._last
-        self._last = self._round()
+        self._last = self._round(decodes)
         return self._last
 
     # ------------------------------------------------------------------------------------- rounds
@@ -106,9 +107,8 @@ class Scheduler:
     def _decodes(self) -> list[Sequence]:
         return [one for one in self.running if one.decoding and not one.will_end]
 
-    def _round(self) -> Batch:
+    def _round(self, active: list[Sequence]) -> Batch:
         """Reserve room for a round of everything that decodes."""
-        active = self._decodes()
         for sequence in active:
             while sequence.row is not None:
                 try:
@@ -127,9 +127,9 @@ class Scheduler:
 
     # ----------------------------------------------------------------------------------- prefills
 
-    def _prefill(self) -> Batch:
-        """The turn of those at the head of one of the lines; see the module."""
-        budget = self.budget.beside_rounds if self._decodes() else self.budget.alone
+    def _prefill(self, beside: bool) -> Batch:
+        """The turn of those at the head of one of the lines, ``beside`` rounds or not."""
+        budget = self.budget.beside_rounds if beside else self.budget.alone
         chosen: list[Stretch] = []
         copies: list[tuple[int, int]] = []
         blocked = False

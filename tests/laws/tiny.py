@@ -17,7 +17,7 @@ from aquiline.attention.packed import PackedAttention
 from aquiline.core.params import SamplingParams, VerificationRule
 from aquiline.decoding.models import DecoderModels, Drafter, Planes
 from aquiline.decoding.prefill import prefill
-from aquiline.decoding.round import decode_round
+from aquiline.decoding.round import Round
 from aquiline.decoding.state import DecodeState
 from aquiline.evaluation.oracle import adjusted_logits, target_distribution
 from aquiline.kernels import ops
@@ -249,9 +249,9 @@ def decode(
         )  # fmt: skip
         if watch is not None:
             watch(planes, page_table[index], state.select(index))
-        result = decode_round(
+        result = Round(
             models, planes, tree, factory, page_table[index], state.select(index), part
-        )
+        ).run()
         state.store(index, result.state)
         verdict = zip(left, result.verdict.tokens.tolist(), result.verdict.accepted.tolist(),
                       strict=True)  # fmt: skip

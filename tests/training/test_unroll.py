@@ -13,7 +13,7 @@ from torch import Tensor
 from aquiline.core.params import SamplingParams
 from aquiline.decoding.models import DecoderModels, Drafter
 from aquiline.decoding.prefill import prefill
-from aquiline.decoding.round import decode_round
+from aquiline.decoding.round import Round
 from aquiline.sampling.batch import SamplingBatch
 from aquiline.speculation.tree import TreeShape
 from aquiline.speculation.verification.coupled import Coupled
@@ -70,7 +70,7 @@ def drafted_logits(models: DecoderModels, text: list[int], known: int) -> list[T
     root = torch.tensor([text[known]])  # the text's, not the drawn one
     state = replace(state, roots=root, pending_tokens=root[:, None])
     tree = TreeShape.chain(DEPTH).tables(CPU)
-    decode_round(models, planes, tree, Follow, pages, state, sampling)
+    Round(models, planes, tree, Follow, pages, state, sampling).run()
     return seen
 
 
