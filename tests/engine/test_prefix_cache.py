@@ -89,9 +89,10 @@ def test_beginnings_that_part_anywhere(shape: str, method: str, make: Make) -> N
     plain = make("mixed", speculation, method, enable_prefix_caching=False)
     text = [CYCLE[(7 * i) % 26] for i in range(20)]
     cached.generate({"prompt_token_ids": text}, WARM)
-    for common in (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 19):
-        prompt = {"prompt_token_ids": [*text[:common], CYCLE[common], 7]}
-        (output,), (expected,) = cached.generate(prompt, WARM), plain.generate(prompt, WARM)
+    lengths = (1, 2, 3, 4, 5, 7, 8, 9, 12, 16, 19)
+    asked = [{"prompt_token_ids": [*text[:common], CYCLE[common], 7]} for common in lengths]
+    for common, prompt, expected in zip(lengths, asked, plain.generate(asked, WARM), strict=True):
+        (output,) = cached.generate(prompt, WARM)
         assert said(output) == said(expected)
         assert output.speculation == expected.speculation
         assert output.num_cached_tokens >= common - 1
@@ -161,7 +162,7 @@ def test_joining_aborting_and_evicting_at_random(shape: str, make: Make) -> None
     assert_idle(llm)
     assert len(done) > 20
     assert sum(output.num_cached_tokens for output in done.values()) > 50
-    for request, output in done.items():
-        prompt, one = asked[request]
-        (expected,) = alone.generate({"prompt_token_ids": prompt}, one)
+    asked_for, wanted = zip(*(asked[request] for request in done), strict=True)
+    all_expected = alone.generate([{"prompt_token_ids": one} for one in asked_for], wanted)
+    for output, expected in zip(done.values(), all_expected, strict=True):
         assert [c.token_ids for c in output.outputs] == [c.token_ids for c in expected.outputs]
