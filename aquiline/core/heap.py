@@ -11,7 +11,6 @@ from contextlib import contextmanager
 def settled_heap() -> Iterator[None]:
     """What exists now is left out of garbage collection until the end; what is made meanwhile is
     collected as ever. A full collection takes as long as dozens of a small model's rounds."""
-    gc.collect()
     gc.freeze()
     try:
         yield
