@@ -39,3 +39,4 @@ def test_long_prompt(tmp_path):
     rows = json.loads(path.read_text())["rows"]
     assert [row["budget"] for row in rows] == [[512, 128], [64, 64], [300, 300]]
     assert rows[1]["gaps"] > rows[2]["gaps"] >= 2 * 3
+    assert rows[1]["max_ms"] < rows[2]["max_ms"]
