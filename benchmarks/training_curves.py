@@ -1,7 +1,9 @@
 """Train the drafts that the quality table compares, one after another on one card.
 
     aquiline data --out runs/corpus --tokenize
-    python -m benchmarks.training_curves --data runs/corpus --out runs/curves [--only NAME ...]
+    aquiline data --out runs/regenerated --regenerate --temperatures 0,0.7,1 --tokenize
+    python -m benchmarks.training_curves --data runs/corpus --regenerated runs/regenerated \\
+        --out runs/curves [--only NAME ...]
     python -m benchmarks.draft_quality runs/curves/*/draft --out R.json
 
 Each run is the baseline with a change or two. The trunk keeps a constant rate and leaves
@@ -49,16 +51,19 @@ COOL = 0.25  # of a point's tokens
 
 @dataclass(frozen=True)
 class Run:
-    """Changes to the baseline; ``origin`` is the run and the tokens that it starts from."""
+    """Changes to the baseline; ``origin`` is the run and the tokens that it starts from, and
+    ``regenerated`` whether the target gave the answers that it reads."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     origin: tuple[str, int] | None = None
+    regenerated: bool = False
 
 
 UNROLL = {"unroll": 3, "step_decay": 0.8}
 RUNS: dict[str, Run] = {
     "baseline": Run(),
     "baseline-seed-1": Run({"seed": 1}),
+    "regenerated": Run(regenerated=True),
     "layers-1": Run({"layers": 1}),
     "layers-2": Run({"layers": 2}),
     "layers-5": Run({"layers": 5}),
@@ -71,7 +76,8 @@ RUNS: dict[str, Run] = {
     "lk-unroll-3": Run({"objective": "lk", **UNROLL}),
     "eagle3-kl": Run({"method": "eagle3", "objective": "kl", "layers": 1}),
     "eagle3-kl-unroll-3": Run({"method": "eagle3", "objective": "kl", "layers": 1, **UNROLL}),
-    "trunk": Run({"tokens": max(POINTS), "decay_tokens": 0, "keep": 100, "eval_every": 122}),
+    "trunk": Run({"tokens": int((1 - COOL) * max(POINTS)), "decay_tokens": 0, "keep": 100,
+                  "eval_every": 183, "eval_prompts": 32, "eval_tokens": 64}),
 } | {
     f"tokens-{point // M}M": Run({"tokens": point, "decay_tokens": int(COOL * point)},
                                  ("trunk", point - int(COOL * point)))
@@ -81,30 +87,32 @@ RUNS: dict[str, Run] = {
 
 def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
     base = TrainConfig(
-        target=BUILT_IN, data=str(options.data), tokens=options.tokens,
-        decay_tokens=int(0.3 * options.tokens), warmup_tokens=M, tokens_per_batch=32768,
-        eval_every=10**6, eval_prompts=64, patience=None, device=options.device,
+        target=BUILT_IN, data=str(options.regenerated if run.regenerated else options.data),
+        tokens=options.tokens, decay_tokens=int(0.3 * options.tokens), warmup_tokens=M,
+        tokens_per_batch=16384, learning_rate=2e-3, eval_every=10**6, eval_prompts=64,
+        patience=None, device=options.device,
     )  # fmt: skip
     return dataclasses.replace(base, **run.changes)
 
 
 class Sweep:
-    """Target, corpus and tokenizer, loaded once."""
+    """Target, corpora and tokenizer, loaded once."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         path = resolve(BUILT_IN)
         self.tokenizer = load_tokenizer(path)
-        self.corpus = Corpus.open(options.data, self.tokenizer.vocab_size)
+        folders = {str(folder) for folder in (options.data, options.regenerated) if folder}
+        self.corpora = {one: Corpus.open(Path(one), self.tokenizer.vocab_size) for one in folders}
         device = choose_device(options.device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        positions = self.corpus.info.max_length + 256
+        positions = max(corpus.info.max_length for corpus in self.corpora.values()) + 256
         self.teacher = LlamaTeacher(load_llama(open_checkpoint(path), dtype, device, positions))
 
     def yardstick(self) -> None:
         """The shipped draft on the same held-out prompts, whole vocabulary."""
         target, config = self.teacher.target, config_of(Run(), self.options)
-        packer = Packer(self.corpus, config.tokens_per_batch, config.seed, config.holdout)
+        packer = self.packer(config)
         prompts = packer.held_out_prompts(
             config.eval_prompts, config.max_length - config.eval_tokens
         )
@@ -117,12 +125,15 @@ class Sweep:
         )  # fmt: skip
         print(f"{'shipped':20} TPC {found.tokens_per_call:.3f}", flush=True)
 
+    def packer(self, config: TrainConfig) -> Packer:
+        corpus = self.corpora[config.data]
+        return Packer(corpus, config.tokens_per_batch, config.seed, config.holdout)
+
     def train(self, name: str, run: Run) -> None:
         out, config = self.options.out / name, config_of(run, self.options)
         if (out / SUMMARY).exists():
             return
-        packer = Packer(self.corpus, config.tokens_per_batch, config.seed, config.holdout)
-        trainer = Trainer(config, self.teacher, self.tokenizer, packer)
+        trainer = Trainer(config, self.teacher, self.tokenizer, self.packer(config))
         started = time.perf_counter()
         speeds: list[float] = []
 
@@ -156,11 +167,14 @@ class Sweep:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, required=True, help="a corpus folder of aquiline data")
+    parser.add_argument("--regenerated", type=Path, help="the same, with the target's own answers")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
+    if options.regenerated is None:
+        options.only = [name for name in options.only if not RUNS[name].regenerated]
     print(fingerprint(choose_device(options.device)), flush=True)
     sweep = Sweep(options)
     sweep.yardstick()
