@@ -1,15 +1,18 @@
 """Train the drafts that the quality table compares, one after another on one card.
 
-    aquiline data --out runs/corpus --tokenize
-    aquiline data --out runs/regenerated --regenerate --temperatures 0,0.7,1 --tokenize
-    python -m benchmarks.training_curves --data runs/corpus --regenerated runs/regenerated \\
-        --out runs/curves [--only NAME ...]
+    aquiline data --out runs/original.jsonl
+    aquiline data --source runs/original.jsonl --out runs/original --tokenize
+    aquiline data --out runs/regenerated --regenerate --tokenize
+    cat runs/original.jsonl runs/regenerated.jsonl > runs/both.jsonl
+    aquiline data --source runs/both.jsonl --out runs/mixed --near 1 --tokenize
+    python -m benchmarks.training_curves --original runs/original --regenerated runs/regenerated \\
+        --mixed runs/mixed --out runs/curves [--only NAME ...]
     python -m benchmarks.draft_quality runs/curves/*/draft --out R.json
 
-Each run is the baseline with a change or two. The trunk keeps a constant rate and leaves
-checkpoints all along the token curve, from which short cool-downs make drafts. A run that has a
-summary is not run again, one that was stopped goes on. Prints a line a check; the limit is in
-benchmarks.trainer_speed.
+Each run is the baseline with a change or two. The trunk reads the original and the regenerated
+answers; it keeps a constant rate and leaves checkpoints all along the token curve, from which short
+cool-downs make drafts. A run that has a summary is not run again, one that was stopped goes on.
+Prints a line a check; the limit is in benchmarks.trainer_speed.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -45,25 +48,27 @@ from benchmarks.common import fingerprint
 
 M = 1_000_000
 TOKENS = 20 * M  # of a run that is no point of the token curve
-POINTS = (4 * M, 8 * M, 16 * M, 32 * M, 64 * M, 128 * M)
+POINTS = (4 * M, 8 * M, 16 * M, 32 * M, 64 * M, 128 * M, 192 * M)
 COOL = 0.25  # of a point's tokens
+Source = Literal["original", "regenerated", "mixed"]
 
 
 @dataclass(frozen=True)
 class Run:
     """Changes to the baseline; ``origin`` is the run and the tokens that it starts from, and
-    ``regenerated`` whether the target gave the answers that it reads."""
+    ``source`` who gave the answers that it reads."""
 
     changes: dict[str, Any] = field(default_factory=dict)
     origin: tuple[str, int] | None = None
-    regenerated: bool = False
+    source: Source = "original"
 
 
 UNROLL = {"unroll": 3, "step_decay": 0.8}
 RUNS: dict[str, Run] = {
     "baseline": Run(),
     "baseline-seed-1": Run({"seed": 1}),
-    "regenerated": Run(regenerated=True),
+    "regenerated": Run(source="regenerated"),
+    "mixed": Run(source="mixed"),
     "layers-1": Run({"layers": 1}),
     "layers-2": Run({"layers": 2}),
     "layers-5": Run({"layers": 5}),
@@ -77,17 +82,17 @@ RUNS: dict[str, Run] = {
     "eagle3-kl": Run({"method": "eagle3", "objective": "kl", "layers": 1}),
     "eagle3-kl-unroll-3": Run({"method": "eagle3", "objective": "kl", "layers": 1, **UNROLL}),
     "trunk": Run({"tokens": int((1 - COOL) * max(POINTS)), "decay_tokens": 0, "keep": 100,
-                  "eval_every": 183, "eval_prompts": 32, "eval_tokens": 64}),
+                  "eval_every": 183, "eval_prompts": 32, "eval_tokens": 64}, source="mixed"),
 } | {
     f"tokens-{point // M}M": Run({"tokens": point, "decay_tokens": int(COOL * point)},
-                                 ("trunk", point - int(COOL * point)))
+                                 ("trunk", point - int(COOL * point)), "mixed")
     for point in POINTS
 }  # fmt: skip
 
 
 def config_of(run: Run, options: argparse.Namespace) -> TrainConfig:
     base = TrainConfig(
-        target=BUILT_IN, data=str(options.regenerated if run.regenerated else options.data),
+        target=BUILT_IN, data=str(getattr(options, run.source)),
         tokens=options.tokens, decay_tokens=int(0.3 * options.tokens), warmup_tokens=M,
         tokens_per_batch=16384, learning_rate=2e-3, eval_every=10**6, eval_prompts=64,
         patience=None, device=options.device,
@@ -102,16 +107,17 @@ class Sweep:
         self.options = options
         path = resolve(BUILT_IN)
         self.tokenizer = load_tokenizer(path)
-        folders = {str(folder) for folder in (options.data, options.regenerated) if folder}
+        given = (getattr(options, source) for source in get_args(Source))
+        folders = {str(folder) for folder in given if folder}
         self.corpora = {one: Corpus.open(Path(one), self.tokenizer.vocab_size) for one in folders}
         device = choose_device(options.device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         positions = max(corpus.info.max_length for corpus in self.corpora.values()) + 256
         self.teacher = LlamaTeacher(load_llama(open_checkpoint(path), dtype, device, positions))
 
-    def yardstick(self) -> None:
-        """The shipped draft on the same held-out prompts, whole vocabulary."""
-        target, config = self.teacher.target, config_of(Run(), self.options)
+    def yardstick(self, run: Run) -> None:
+        """The shipped draft on the held-out prompts of ``run``, whole vocabulary."""
+        target, config = self.teacher.target, config_of(run, self.options)
         packer = self.packer(config)
         prompts = packer.held_out_prompts(
             config.eval_prompts, config.max_length - config.eval_tokens
@@ -166,18 +172,17 @@ class Sweep:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--data", type=Path, required=True, help="a corpus folder of aquiline data")
-    parser.add_argument("--regenerated", type=Path, help="the same, with the target's own answers")
+    for source in get_args(Source):
+        parser.add_argument(f"--{source}", type=Path, help="a corpus folder of aquiline data")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
-    if options.regenerated is None:
-        options.only = [name for name in options.only if not RUNS[name].regenerated]
+    options.only = [name for name in options.only if getattr(options, RUNS[name].source)]
     print(fingerprint(choose_device(options.device)), flush=True)
     sweep = Sweep(options)
-    sweep.yardstick()
+    sweep.yardstick(RUNS[options.only[0]])
     for name in options.only:
         sweep.train(name, RUNS[name])
 
