@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,6 +31,7 @@ TOLERANCE = 1e-3
 LEADING = 8  # tokens over which bf16's error is taken
 
 Text = tuple[int, ...]
+Perturb = Callable[[int, int, Tensor], Tensor]  # prompt's number, position, [V] -> [V] fp32
 
 
 @torch.inference_mode()
@@ -51,7 +52,7 @@ class Divergence:
     Attributes:
         tokens: common tokens before.
         ours, expected: the tokens there.
-        gap: between the two leading logits, in fp32.
+        gap: between the two leading (perturbed) logits, in fp32.
         error: the largest of the low-precision model among the leading logits; 0 in fp32.
         leading: whether the two tokens are the two leading ones.
     """
@@ -67,9 +68,12 @@ class Divergence:
 
 def divergences(
     exact: Llama, low: Llama | None, prompts: Sequence[list[int]], ours: Sequence[Text],
-    expected: Sequence[Text],
+    expected: Sequence[Text], perturb: Perturb | None = None,
 ) -> list[Divergence]:  # fmt: skip
-    """``exact`` prices each in fp32; ``low`` is the model in low precision, if that is at issue."""
+    """``exact`` prices each in fp32; ``low`` is the model in low precision, if that is at issue.
+
+    Texts that were sampled part where ``perturb`` makes of the logits what the draw compared.
+    """
     found = []
     for number, (prompt, a, b) in enumerate(zip(prompts, ours, expected, strict=True)):
         at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
@@ -77,6 +81,8 @@ def divergences(
             continue
         prefix = [*prompt, *a[:at]]
         logits = next_logits(exact, prefix)
+        if perturb is not None:
+            logits = perturb(number, len(prefix), logits)
         top = logits.topk(LEADING)
         gap = float(top.values[0] - top.values[1])
         error = 0.0
