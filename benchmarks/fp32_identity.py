@@ -76,7 +76,7 @@ def divergences(
     """
     found = []
     for number, (prompt, a, b) in enumerate(zip(prompts, ours, expected, strict=True)):
-        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+        at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
         if at is None:
             continue
         prefix = [*prompt, *a[:at]]

@@ -35,15 +35,19 @@ NAMED = 8  # texts whose last token is drawn anew from the perturbed logits
 
 
 def perturbing(params: Sequence[SamplingParams]) -> Perturb:
-    """What a seeded draw compares: the scores of the tokens that the filters keep, with noise."""
+    """What a draw compares: the scores of the tokens that the filters keep, with noise; logits if
+    it is greedy."""
 
     def perturb(number: int, position: int, logits: Tensor) -> Tensor:
         seed = params[number].seed
+        if params[number].temperature == 0:
+            return logits
         assert seed is not None
         row, at = SamplingBatch.of([params[number]], [seed], logits.device), logits[None, None]
         noise = position_noise(row, torch.tensor([[position]]), len(logits))
-        scores = probabilities(at, row).log()[0, 0]  # logits / T up to a constant, -inf if filtered
-        return scores if noise is None else scores + noise.table[0, 0]
+        assert noise is not None
+        # logits / T up to a constant, -inf if filtered
+        return probabilities(at, row).log()[0, 0] + noise.table[0, 0]
 
     return perturb
 

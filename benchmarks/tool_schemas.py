@@ -2,6 +2,7 @@
 
     pip install --no-deps bfcl-eval==2026.3.23      (Apache-2.0; read at run time, not shipped)
     python -m benchmarks.tool_schemas --model smollm2-135m-instruct
+    python -m benchmarks.tool_schemas --engine --batch 64 --out benchmarks/results/tool_schemas.json
     python -m benchmarks.tool_schemas --engine --trees chain-3 tree-8 --limit 40
 
 The package's requests each come with one function. Its types are those of Python, Java and
@@ -9,22 +10,28 @@ JavaScript; here they become JSON Schema. The text asked for is {"name": ..., "a
 Masks are timed along texts that the grammar allows, each token with two siblings beside it: the
 likeliest text is not known without a model, so the next token is drawn from those allowed.
 
-``--engine`` has the model answer instead, 512 tokens at most, plainly and with its draft: how many
-answers are valid and how many cut at the limit, whether a seed's text is plain decoding's (fp32),
-and tokens per call under the schema, under it without foresight, and of the same prompts free.
+``--engine`` has the model answer instead, 512 tokens at most, greedily and at T=0.8, plainly and
+with its draft: how many answers are valid and how many cut at the limit, whether a seed's text is
+plain decoding's, and tokens per call under the schema, under it without foresight, and of the same
+prompts free. Where a text is not plain decoding's, the gap of the two leading perturbed logits that
+the form allows tells why: up to 1e-3 is a near tie. All forms are compiled before, in parallel, for
+all engines. The two ways of running share a file of results, a section each.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +43,16 @@ from aquiline.core.guided_params import StructuredOutput
 from aquiline.core.outputs import CompletionOutput, RequestOutput
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
+from aquiline.engine.loader import choose_device
 from aquiline.guided.grammar import Grammar, Grammars, Spell, mask_words
 from aquiline.guided.matcher import Matcher
+from aquiline.models.llama import Llama
 from aquiline.models.registry import resolve
 from aquiline.speculation.tree import TreeShape
 from aquiline.text.tokenizer import Tokenizer, load_tokenizer
 from benchmarks.common import stamp, write_result
+from benchmarks.fp32_identity import TOLERANCE, Perturb, divergences
+from benchmarks.seed_identity import perturbing
 
 FILES = ("simple_python", "live_simple", "simple_java", "simple_javascript")
 _REMEDY = "pip install --no-deps bfcl-eval==2026.3.23"
@@ -136,21 +147,39 @@ class Compiled:
     failures: dict[str, str]
 
 
+class Spelling:
+    """A text's usual tokens; none with ``foresight`` off, so that nothing is foreseen."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self.foresight = tokenizer, True
+
+    def __call__(self, text: str) -> Sequence[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False) if self.foresight else ()
+
+
 def grammars_of(tokenizer: Tokenizer, spell: Spell) -> Grammars:
-    """Of a model whose vocabulary is its tokenizer's."""
+    """Of a model whose vocabulary is its tokenizer's; nothing that was compiled is forgotten."""
     tokens, size = tokenizer.token_bytes(), tokenizer.vocab_size
-    return Grammars(tokens, size, tokenizer.eos_token_ids, spell)
+    return Grammars(tokens, size, tokenizer.eos_token_ids, spell, cache_bytes=2**40)
 
 
-def compile_all(store: Grammars, calls: Sequence[ToolCall]) -> Compiled:
-    grammars, times, failures = {}, [], {}
-    for call in calls:
+def compile_all(store: Grammars, calls: Sequence[ToolCall], threads: int = 1) -> Compiled:
+    def timed(call: ToolCall) -> tuple[Grammar | str, float]:
         start = time.perf_counter()
         try:
-            grammars[call.name] = store.compile(StructuredOutput(json=call.schema))
-            times.append(1e3 * (time.perf_counter() - start))
+            done: Grammar | str = store.compile(StructuredOutput(json=call.schema))
         except AquilineError as error:
-            failures[call.name] = str(error)
+            done = str(error)
+        return done, 1e3 * (time.perf_counter() - start)
+
+    grammars, times, failures = {}, [], {}
+    with ThreadPoolExecutor(threads) as pool:
+        for call, (done, milliseconds) in zip(calls, pool.map(timed, calls), strict=True):
+            if isinstance(done, str):
+                failures[call.name] = done
+            else:
+                grammars[call.name] = done
+                times.append(milliseconds)
     return Compiled(grammars, tuple(times), failures)
 
 
@@ -200,39 +229,82 @@ def tokens_per_call(outputs: Sequence[RequestOutput]) -> float:
     return round(sum(output.speculation.tokens for output in outputs) / max(rounds, 1), 4)
 
 
+def under_the_form(
+    perturb: Perturb, grammars: Sequence[Grammar], prompts: Sequence[list[int]],
+    texts: Sequence[tuple[int, ...]],
+) -> Perturb:  # fmt: skip
+    """What a draw compares after the beginning of a text: what the form forbids is at -inf."""
+
+    def perturb_allowed(number: int, position: int, logits: torch.Tensor) -> torch.Tensor:
+        matcher = Matcher(grammars[number])
+        matcher.advance(texts[number][: position - len(prompts[number])])
+        rows = torch.empty(1, mask_words(len(logits)), dtype=torch.int32)
+        matcher.fill(TreeShape.chain(0), torch.zeros(1, dtype=torch.int64), rows)
+        bits = (rows[0, :, None] >> torch.arange(32)) & 1
+        allowed = bits.flatten()[: len(logits)].bool()
+        return perturb(number, position, logits.masked_fill(~allowed, float("-inf")))
+
+    return perturb_allowed
+
+
 def through_engine(calls: Sequence[ToolCall], options: argparse.Namespace) -> dict[str, Any]:
-    """Every call plainly, then under each tree."""
-    base = SamplingParams(temperature=options.temperature, max_tokens=options.max_tokens)
-    free = [replace(base, seed=seed) for seed in range(len(calls))]
-    under = [
-        replace(one, structured_outputs={"json": call.schema})
-        for one, call in zip(free, calls, strict=True)
-    ]
+    """Every call plainly, then under each tree, at every temperature."""
+    tokenizer = load_tokenizer(resolve(options.model))
+    spelling, started = Spelling(tokenizer), time.perf_counter()
+    store = grammars_of(tokenizer, spelling)
+    compiled = compile_all(store, calls, options.threads)
+    compiling = time.perf_counter() - started
+    print(f"{len(calls)} forms, {compiling:.1f} s, refused: {compiled.failures}", flush=True)
+    calls = [call for call in calls if call.name in compiled.grammars]
+    grammars = [compiled.grammars[call.name] for call in calls]
+    prompts = [tokenizer.encode_chat(list(call.messages)) for call in calls]
     rows: list[dict[str, Any]] = []
-    plain: list[tuple[int, ...]] = []
-    for tree in (None, *options.trees):
-        config = None if tree is None else {"tree": tree}
-        llm = LLM(options.model, options.dtype, config, max_num_seqs=options.batch)
-        prompts = [llm.tokenizer.encode_chat(list(call.messages)) for call in calls]
+    plain: dict[float, list[tuple[int, ...]]] = {}
+    exact: Llama | None = None
+    for tree, temperature in product((None, *options.trees), options.temperatures):
+        if temperature == options.temperatures[0]:
+            llm = LLM(
+                options.model, options.dtype,
+                None if tree is None else {"tree": tree, "model": options.draft},
+                device=options.device, max_num_seqs=options.batch, max_model_len=options.context,
+                max_num_batched_tokens=options.prefill,
+                kv_cache_tokens=options.batch * options.context,
+            )  # fmt: skip
+            exact = exact or llm.engine.runner.models.target
+            llm.engine.grammars = store
+        base = SamplingParams(temperature=temperature, max_tokens=options.max_tokens)
+        free = [replace(base, seed=seed) for seed in range(len(calls))]
+        under = [
+            replace(one, structured_outputs={"json": call.schema})
+            for one, call in zip(free, calls, strict=True)
+        ]
         guided, seconds = answers(llm, prompts, under)
         texts = [output.outputs[0].token_ids for output in guided]
-        plain = plain or texts
-        found = Counter(
-            verdict(output.outputs[0], call.schema)
-            for output, call in zip(guided, calls, strict=True)
-        )
+        expected = plain.setdefault(temperature, texts)
+        said = zip(guided, calls, strict=True)
+        found = Counter(verdict(output.outputs[0], call.schema) for output, call in said)
+        assert exact is not None
+        perturb = under_the_form(perturbing(under), grammars, prompts, expected)
+        apart = divergences(exact, None, prompts, texts, expected, perturb)
+        same = sum(a == b for a, b in zip(texts, expected, strict=True))
         rows.append(
-            {"tree": tree or "none", "answers": len(calls), "verdicts": dict(found),
-             "same_as_plain": sum(a == b for a, b in zip(texts, plain, strict=True)),
-             "tokens": sum(map(len, texts)), "seconds": round(seconds, 2),
-             "tpc": tokens_per_call(guided)}
+            {"tree": tree or "none", "temperature": temperature, "answers": len(calls),
+             "verdicts": dict(found), "same_as_plain": same,
+             "counted": len(calls) - same - sum(one.gap <= TOLERANCE for one in apart),
+             "differences": [asdict(one) for one in apart], "tokens": sum(map(len, texts)),
+             "seconds": round(seconds, 2), "tpc": tokens_per_call(guided)}
         )  # fmt: skip
         if tree is not None:
             rows[-1]["tpc_without_a_form"] = tokens_per_call(answers(llm, prompts, free)[0])
-            llm.engine.grammars = grammars_of(llm.tokenizer, lambda _: ())
+            spelling.foresight = False
             rows[-1]["tpc_without_foresight"] = tokens_per_call(answers(llm, prompts, under)[0])
+            spelling.foresight = True
         print(rows[-1], flush=True)
-    return {"temperature": options.temperature, "dtype": options.dtype, "rows": rows}
+    return {
+        "model": options.model, "dtype": options.dtype, "batch": options.batch,
+        "max_tokens": options.max_tokens, "compile_seconds": round(compiling, 2),
+        "refused": compiled.failures, "ok": not any(row["counted"] for row in rows), "rows": rows,
+    }  # fmt: skip
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
@@ -252,34 +324,48 @@ def main() -> None:
     parser.add_argument("--engine", action="store_true", help="have the model answer")
     parser.add_argument("--limit", type=int, help="calls, spread over all of them")
     parser.add_argument("--trees", nargs="+", default=["chain-3"])
-    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--draft", help="its folder; the one that ships with the model if left out")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.8])
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--batch", type=int, default=8, help="rows of the engine")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of prompt and answer")
+    parser.add_argument("--prefill", type=int, default=4096, help="tokens of prompts in a step")
+    parser.add_argument(
+        "--threads", type=int, default=min(16, os.cpu_count() or 1), help="to compile with"
+    )
     args = parser.parse_args()
-    if args.engine:
-        calls = list(tool_calls(args.data))
-        calls = calls[:: max(1, len(calls) // (args.limit or len(calls)))][: args.limit]
-        write_result(args.out, {"model": args.model, **through_engine(calls, args), **stamp()})
-        return
-    tokenizer = load_tokenizer(resolve(args.model))
-    store = grammars_of(tokenizer, tokenizer.encode)
     calls = list(tool_calls(args.data))
-    compiled = compile_all(store, calls)
+    if args.limit:
+        calls = calls[:: max(1, len(calls) // args.limit)][: args.limit]
+    if args.engine:
+        section = {**through_engine(calls, args), **stamp(choose_device(args.device))}
+        write_section(args.out, "engine", section)
+    else:
+        write_section(args.out, "schemas", {**schemas(calls, args), **stamp(torch.device("cpu"))})
+
+
+def schemas(calls: Sequence[ToolCall], options: argparse.Namespace) -> dict[str, Any]:
+    """Each compiled alone, and some of their masks timed."""
+    tokenizer = load_tokenizer(resolve(options.model))
+    compiled = compile_all(grammars_of(tokenizer, Spelling(tokenizer)), calls)
     chance = random.Random(0)
-    timed = chance.sample(sorted(compiled.grammars), min(args.texts, len(compiled.grammars)))
+    timed = chance.sample(sorted(compiled.grammars), min(options.texts, len(compiled.grammars)))
     masks = [us for name in timed for us in mask_microseconds(compiled.grammars[name], chance, 128)]
     for name, reason in compiled.failures.items():
         print(f"{name}: {reason}")
-    write_result(
-        args.out,
-        {
-            "schemas": len(calls), "compiled": len(compiled.grammars),
-            "failures": compiled.failures, "vocabulary": tokenizer.vocab_size,
-            "compile_ms": quantiles(compiled.milliseconds), "mask_us_a_node": quantiles(masks),
-            **stamp(torch.device("cpu")),
-        },
-    )  # fmt: skip
+    return {
+        "schemas": len(calls), "compiled": len(compiled.grammars),
+        "failures": compiled.failures, "vocabulary": tokenizer.vocab_size,
+        "compile_ms": quantiles(compiled.milliseconds), "mask_us_a_node": quantiles(masks),
+    }  # fmt: skip
+
+
+def write_section(path: Path | None, name: str, section: Mapping[str, Any]) -> None:
+    """The file's other section stays."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    write_result(path, {**old, name: section})
 
 
 if __name__ == "__main__":
