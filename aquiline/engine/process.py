@@ -15,13 +15,15 @@ import queue
 import signal
 import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 
 from aquiline.core.errors import AquilineError
+from aquiline.core.guided_params import StructuredOutput
 from aquiline.core.heap import settled_heap
 from aquiline.core.outputs import RequestOutput
 from aquiline.engine.config import EngineConfig
 from aquiline.engine.engine import Engine
+from aquiline.engine.form_compiler import FormCompiler
 from aquiline.engine.loader import load
 from aquiline.engine.messages import (
     Abort,
@@ -129,10 +131,14 @@ def run_engine(connection: Connection, config: EngineConfig) -> None:
 
 
 class EngineLoop:
-    """Commands in, steps, reports out; ids are those of the process above."""
+    """Commands in, steps, reports out; ids are those of the process above.
+
+    A request whose text has a form is added once that is compiled; others go on meanwhile.
+    """
 
     def __init__(self, engine: Engine, connection: Connection) -> None:
         self.engine, self.connection = engine, connection
+        self._forms = FormCompiler(engine)
         self._ours: dict[int, int] = {}  # the engine's id by theirs
         self._theirs: dict[int, int] = {}
         self._owing: set[int] = set()  # whose prompt's scores have not been reported
@@ -141,8 +147,7 @@ class EngineLoop:
         """Until EOFError: nobody listens any more."""
         while True:
             changed = self.engine.has_work
-            while self.connection.poll(0 if self.engine.has_work else None):
-                self._obey(self.connection.recv())
+            while self._listen(0 if self.engine.has_work else None):
                 changed = True
                 if not self.engine.has_work:
                     break
@@ -150,21 +155,50 @@ class EngineLoop:
             if changed:
                 self.connection.send(Progress(tuple(updates), self._load()))
 
+    def _listen(self, seconds: float | None) -> bool:
+        """Wait so long for a command or a form, None for ever; whether there was one."""
+        ready = wait([self.connection, self._forms.finished], seconds)
+        if self._forms.finished in ready:
+            self._compiled(self._forms.finished.recv())
+        if self.connection in ready:
+            self._obey(self.connection.recv())
+        return bool(ready)
+
     def _obey(self, command: Command) -> None:
         match command:
-            case Submit(theirs, prompt, params, said):
-                try:
-                    ours = self.engine.add_request(prompt, params, said)
-                except AquilineError as error:
-                    self.connection.send(Refused(theirs, str(error)))
-                    return
-                self._ours[theirs], self._theirs[ours] = ours, theirs
-                if params.prompt_logprobs is not None:
-                    self._owing.add(ours)
-                self.connection.send(Admitted(theirs))
+            case Submit(_, _, params):
+                form = params.structured_outputs
+                if isinstance(form, StructuredOutput):
+                    self._forms.add(command, form)
+                else:
+                    self._add(command)
             case Abort(theirs) if theirs in self._ours:
                 self.engine.abort(self._ours[theirs])
                 self._forget(self._ours[theirs])
+            case Abort(theirs):
+                self._forms.drop(theirs)
+
+    def _compiled(self, theirs: int) -> None:
+        """A form is done, or cannot be compiled."""
+        try:
+            request = self._forms.take(theirs)
+        except AquilineError as error:
+            self.connection.send(Refused(theirs, str(error)))
+            return
+        if request is not None:
+            self._add(request)
+
+    def _add(self, request: Submit) -> None:
+        theirs, params = request.request_id, request.params
+        try:
+            ours = self.engine.add_request(request.prompt_token_ids, params, request.said)
+        except AquilineError as error:
+            self.connection.send(Refused(theirs, str(error)))
+            return
+        self._ours[theirs], self._theirs[ours] = ours, theirs
+        if params.prompt_logprobs is not None:
+            self._owing.add(ours)
+        self.connection.send(Admitted(theirs))
 
     def _update(self, output: RequestOutput) -> Update:
         ours, prompt = output.request_id, None
@@ -185,4 +219,5 @@ class EngineLoop:
         scheduler, allocator = self.engine.scheduler, self.engine.allocator
         pages = allocator.count - 1  # page 0 is nobody's
         taken = (pages - allocator.free_count) / pages
-        return Load(len(scheduler.running), len(scheduler.waiting), taken)
+        waiting = len(scheduler.waiting) + len(self._forms)
+        return Load(len(scheduler.running), waiting, taken)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -147,7 +148,17 @@ def test_the_log_is_json_and_has_no_prompt(small: Running) -> None:
 
 
 def test_sigterm_finishes_what_runs(small: Running, alone: LLM) -> None:
-    """The last test here: it ends the server. The engine, told too, takes no notice."""
+    """The last test here: it ends the server. The engine, told too, takes no notice. One request
+    waits for its form, which takes a second to compile."""
+    choices = ["".join(random.Random(i).choices("abcdefgh", k=12)) for i in range(10000)]
+
+    async def of_a_form() -> str:
+        async with client(small) as one:
+            form = {"structured_outputs": {"choice": choices}}
+            answer = await one.chat.completions.create(
+                model=NAME, messages=TALK, seed=0, max_tokens=20, extra_body=form
+            )
+            return answer.choices[0].message.content or ""
 
     async def test() -> list[str]:
         def end() -> None:
@@ -155,11 +166,13 @@ def test_sigterm_finishes_what_runs(small: Running, alone: LLM) -> None:
             small.process.send_signal(signal.SIGTERM)
 
         texts = asyncio.gather(
-            stream_text(small, 0, 150, 30, end), *(stream_text(small, i, 100) for i in (1, 2))
-        )
+            stream_text(small, 0, 150, 30, end), *(stream_text(small, i, 100) for i in (1, 2)),
+            of_a_form(),
+        )  # fmt: skip
         return list(await texts)
 
-    texts = asyncio.run(test())
+    *texts, formed = asyncio.run(test())
+    assert formed in choices
     assert texts == [expected(alone, 0, 150), *(expected(alone, i, 100) for i in (1, 2))]
     assert small.process.wait(30) == 0
     with pytest.raises(httpx.ConnectError):
