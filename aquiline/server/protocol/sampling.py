@@ -81,7 +81,8 @@ class SamplingFields(Body):
     speculation: bool = Field(True, description="False: decode without speculation.")
     return_speculation: bool = Field(
         False,
-        description="Add what speculation did: statistics, and in chunks the depth of each token.",
+        description="Add what speculation did: statistics, and in chunks each token's depth and the"
+        " tree in use.",
     )
 
     @property
