@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from aquiline.speculation.tree import TreeShape
 from tests.server.http_server import Running, serving
 
 pytestmark = pytest.mark.browser
@@ -159,6 +160,28 @@ def test_the_switch_and_the_settings_are_sent(page: Page) -> None:
     page.find("new").click()
     assert page.all(".turn") == []
     assert page.errors() == []
+
+
+def test_any_tree_is_drawn(page: Page) -> None:
+    """Every node once, in a place of its own, below its parent; retrieved ones behind dashes."""
+    shape = TreeShape.named("eagle-25").retrieving(4)
+    page.driver.execute_script(
+        "showTree({paths: arguments[0], retrieved: arguments[1]})", shape.paths, shape.retrieved
+    )
+    nodes = [
+        (float(one.get_attribute("cx")), float(one.get_attribute("cy")))
+        for one in page.all("#tree circle")
+    ]
+    assert len(nodes) == len(set(nodes)) == shape.size
+    edges = [
+        tuple(float(one.get_attribute(end)) for end in ("x1", "y1", "x2", "y2"))
+        for one in page.all("#tree line")
+    ]
+    expected = [(*nodes[shape.parents[at]], *nodes[at]) for at in range(1, shape.size)]
+    assert edges == expected
+    assert all(above < below for _, above, _, below in edges)
+    assert len(page.all("#tree .found")) == 4
+    assert page.find("tree-name").text == "25 nodes, 5 deep, and 4 retrieved"
 
 
 def test_escape_stops(page: Page, server: Running) -> None:
