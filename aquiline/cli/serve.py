@@ -51,7 +51,7 @@ def serve(
     ] = None,
 ) -> None:
     """Serve a model over HTTP: /v1/chat/completions, /v1/completions, /v1/models, /tokenize,
-    /detokenize, /health, /metrics, /version."""
+    /detokenize, /health, /metrics, /version, and a page to chat on at /."""
     try:
         from aquiline.server.run import run
         from aquiline.server.settings import Settings

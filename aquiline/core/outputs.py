@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import zip_longest
-from typing import Literal
+from typing import Literal, NamedTuple
+
+from aquiline.core.params import TreePath
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -86,6 +88,18 @@ class SpeculationStats:
         return self.tokens / self.rounds if self.rounds else 0.0
 
 
+class VerifiedTree(NamedTuple):
+    """What a round verified; only a root without speculation.
+
+    Attributes:
+        paths: of child ranks, one a drafted node, as SpeculationParams.tree has them.
+        retrieved: length of the chain of retrieved nodes beside them.
+    """
+
+    paths: tuple[TreePath, ...]
+    retrieved: int
+
+
 @dataclass(frozen=True)
 class Delta:
     """What one step added to one choice.
@@ -96,6 +110,7 @@ class Delta:
         depths: one a token, see SpeculationStats.
         finish_reason: why the choice ended with this step; None while it goes on.
         counts: the choice's statistics so far, without ``depths``.
+        tree: what the round verified; None where the token came from prefill.
         logprobs: one mapping a token, if asked for.
     """
 
@@ -105,6 +120,7 @@ class Delta:
     depths: tuple[int, ...]
     finish_reason: FinishReason | None
     counts: SpeculationStats
+    tree: VerifiedTree | None
     logprobs: tuple[Logprobs, ...] | None = None
 
 

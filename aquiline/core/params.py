@@ -114,6 +114,7 @@ class SamplingParams:
             break it are banned, and an end token where it is not complete. A stop string or
             ``max_tokens`` may still cut the text short; what else says which tokens may come, or
             that none may end the text, is refused beside it.
+        speculation: False has the engine decode without speculation while this request runs.
     """
 
     max_tokens: int | None = 16
@@ -138,6 +139,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutput | Mapping[str, Any] | None = None
+    speculation: bool = True
 
     def __post_init__(self) -> None:
         ids, texts = "give token ids, integers from 0", "give strings that are not empty"
@@ -191,6 +193,7 @@ class SamplingParams:
             "skip_special_tokens": (
                 isinstance(self.skip_special_tokens, bool), "give True or False"
             ),
+            "speculation": (isinstance(self.speculation, bool), "give True or False"),
         }  # fmt: skip
         for name, (ok, remedy) in checks.items():
             _require(ok, name, getattr(self, name), remedy)

@@ -28,7 +28,7 @@ from aquiline.engine.config import PrefillBudget
 from aquiline.engine.sequence import Sequence, StepTokens
 from aquiline.kvcache.pages import OutOfPages
 from aquiline.kvcache.prefix import Prefix, PrefixCache, shared
-from aquiline.speculation.dispatch.dispatcher import TreeChooser
+from aquiline.speculation.dispatch.dispatcher import PLAIN, TreeChooser
 from aquiline.speculation.dispatch.paths import band_of
 
 
@@ -75,6 +75,7 @@ class Scheduler:
     ) -> None:
         self.chooser, self.budget, self.cache = chooser, budget, cache
         self.room = max(tree.size for tree in chooser.candidates)
+        self._plain = chooser.candidates.index(PLAIN)
         self.waiting: deque[Sequence] = deque()
         self._choices: dict[int, Choices] = {}  # by request id, until the last of them ended
         self.running: list[Sequence] = []
@@ -120,6 +121,9 @@ class Scheduler:
         return Batch(decodes=decodes, tree=self._choose(decodes) if decodes else 0)
 
     def _choose(self, decodes: tuple[Sequence, ...]) -> int:
+        """The chooser's tree; the root alone if anybody declines speculation."""
+        if not all(sequence.request.params.speculation for sequence in decodes):
+            return self._plain
         tokens = sum(sequence.table.length + sequence.ahead for sequence in decodes)
         temperatures = sorted(sequence.request.params.temperature for sequence in decodes)
         band = band_of(temperatures[len(temperatures) // 2])

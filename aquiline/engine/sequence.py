@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from aquiline.core.outputs import CompletionOutput, Delta, FinishReason, SpeculationStats
+from aquiline.core.outputs import (
+    CompletionOutput,
+    Delta,
+    FinishReason,
+    SpeculationStats,
+    VerifiedTree,
+)
 from aquiline.core.request import Request
 from aquiline.engine.scores import TokenScores, shown
 from aquiline.guided.grammar import Grammar
@@ -21,6 +27,7 @@ class StepTokens:
     Attributes:
         tokens: in order.
         depths: the tree depth each was accepted at; 0 for the target's own token.
+        tree: what was verified; None for a prefill.
         scores: one a token, if the request asked for log-probabilities; else none.
         prompt: the prompt's, from its second token on, if asked for and made in this step.
     """
@@ -28,6 +35,7 @@ class StepTokens:
     sequence: Sequence
     tokens: tuple[int, ...]
     depths: tuple[int, ...]
+    tree: VerifiedTree | None
     scores: tuple[TokenScores, ...] = ()
     prompt: tuple[TokenScores, ...] | None = None
 
@@ -83,6 +91,7 @@ class Sequence:
         self._carried, self._repeated = "", 0  # text not told yet; characters told elsewhere
         self.rounds = self.emitted = self.drafted = 0
         self.accepted_by_depth: list[int] = []
+        self._tree: VerifiedTree | None = None  # of the newest tokens
 
     @property
     def tokens(self) -> list[int]:
@@ -177,6 +186,7 @@ class Sequence:
             ended = True
         self.output += kept
         self.depths += step.depths[: len(kept)]
+        self._tree = step.tree
         self.scores += step.scores[: len(kept)]
         self.hear()
         if self.matcher is not None and self.matcher.stuck:
@@ -209,7 +219,7 @@ class Sequence:
         return Delta(
             self.index, text[repeated:], tuple(self.output[start:]),
             tuple(self.depths[len(self.depths) - fresh :]), self.finish_reason,
-            self.counts(), logprobs,
+            self.counts(), self._tree, logprobs,
         )  # fmt: skip
 
     def counts(self) -> SpeculationStats:

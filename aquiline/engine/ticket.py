@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aquiline.core.outputs import VerifiedTree
 from aquiline.decoding.rows import Emitted
 from aquiline.engine.scores import TokenScores
 from aquiline.engine.sequence import Sequence, StepTokens
@@ -45,6 +46,8 @@ class Ticket:
 
     def collect(self) -> Iterator[StepTokens]:
         """Wait, and commit what was done for the sequences that still want it."""
+        shape = self.tree
+        tree = None if shape is None else VerifiedTree(shape.paths, shape.retrieved)
         for place, sequence, said in self.said():
             accepted = len(said) - 1
             if self.tree is None:  # the prompt is committed
@@ -55,7 +58,7 @@ class Ticket:
                 sequence.record_round(accepted, self.tree.size - 1, self.tree.depth)
             depths = (*range(1, accepted + 1), 0)
             scores, prompt = self._scores(sequence, place, said), self._prompt(sequence, place)
-            yield StepTokens(sequence, said, depths, scores, prompt)
+            yield StepTokens(sequence, said, depths, tree, scores, prompt)
 
     def _scores(
         self, sequence: Sequence, place: int, said: tuple[int, ...]

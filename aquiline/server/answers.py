@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from aquiline.core.outputs import Logprob, Logprobs, PromptLogprobs, RequestOutput, SpeculationStats
+from aquiline.core.outputs import (
+    Delta,
+    Logprob,
+    Logprobs,
+    PromptLogprobs,
+    RequestOutput,
+    SpeculationStats,
+)
 
 
 def usage(prompt_tokens: int, cached_tokens: int, tokens: int) -> dict[str, Any]:
@@ -31,6 +38,17 @@ def speculation(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         "rounds": stats.rounds, "tokens": stats.tokens, "drafted": stats.drafted,
         "accepted_by_depth": stats.accepted_by_depth, "depths": stats.depths,
         "tokens_per_call": round(stats.tokens_per_call, 4),
+    }  # fmt: skip
+
+
+def chunk_speculation(delta: Delta, token_bytes: Sequence[bytes]) -> dict[str, Any]:
+    """What a chunk's choice tells of it: of each token the tree depth and the bytes (none for a
+    special token), the tree that was verified, and the tokens per call so far."""
+    return {
+        "depths": delta.depths,
+        "bytes": [list(b"".join(token_bytes[token : token + 1])) for token in delta.token_ids],
+        "tree": delta.tree and {"paths": delta.tree.paths, "retrieved": delta.tree.retrieved},
+        "tokens_per_call": round(delta.counts.tokens_per_call, 4),
     }  # fmt: skip
 
 

@@ -15,11 +15,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from aquiline.engine.async_llm import AsyncLLM
 from aquiline.server import errors
-from aquiline.server.routes import chat, completions, status, tokens
+from aquiline.server.routes import chat, completions, page, status, tokens
 from aquiline.server.serving import Serving
 from aquiline.server.settings import Settings
 
-OPEN_PATHS = frozenset(("/health", "/metrics", "/version", "/openapi.json", "/docs"))
+OPEN_PATHS = frozenset(("/health", "/metrics", "/version", "/openapi.json", "/docs", *page.FILES))
 
 
 def create_app(
@@ -47,7 +47,7 @@ def create_app(
         max_body_size=settings.max_body_bytes, responses=problems,
     )  # fmt: skip
     app.state.serving = Serving(llm, settings)
-    for family in (chat, completions, tokens, status):
+    for family in (chat, completions, tokens, status, page):
         app.include_router(family.router)
     errors.install(app)
     if settings.api_keys:

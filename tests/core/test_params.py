@@ -33,6 +33,7 @@ WRONG_TYPES = [
     ("presence_penalty", "1"), ("logit_bias", [(1, 2.0)]), ("logit_bias", {"1": 2.0}),
     ("logit_bias", {1: "2"}), ("logprobs", True), ("prompt_logprobs", 1.5), ("ignore_eos", 1),
     ("skip_special_tokens", "no"),
+    ("speculation", 1),
 ]  # fmt: skip
 BAD_SPECULATION = [
     ("method", "medusa"), ("method", "eagle2"), ("method", 3),

@@ -56,6 +56,38 @@ def test_batch_says_what_each_request_says_alone(shape: str, make: Make) -> None
         )
 
 
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "plain"])
+def test_who_declines_speculation_gets_none_and_the_same_text(shape: str, make: Make) -> None:
+    """Rounds it takes part in are plain for all; before and after them the others speculate."""
+    llm = make("mixed", SHAPES[shape])
+    asked = prompts(8, seed=5)
+    lengths = [12 if i % 4 == 2 else 40 for i in range(8)]
+    params = [
+        replace(one, max_tokens=length, min_tokens=0)
+        for one, length in zip(mixed_params(8), lengths, strict=True)
+    ]
+    declining = [replace(one, speculation=one.max_tokens == 40) for one in params]
+    expected, together = llm.generate(asked, params), llm.generate(asked, declining)
+    assert_idle(llm)
+    assert list(map(said, together)) == list(map(said, expected))
+    for one, output in zip(declining, together, strict=True):
+        stats = output.speculation
+        if one.speculation:
+            assert stats.drafted > 0
+        else:
+            assert (stats.drafted, stats.accepted_by_depth) == (0, ())
+            assert not any(stats.depths)
+            assert stats.tokens_per_call == 1.0
+    rounds = [sum(one.speculation.rounds for one in outputs) for outputs in (together, expected)]
+    assert rounds[0] > rounds[1]
+    (again,) = llm.generate(asked[0], params[0])
+    (alone,) = make("mixed", SHAPES[shape], enable_prefix_caching=False).generate(
+        asked[0], params[0]
+    )
+    assert said(again) == said(alone)
+    assert again.speculation.accepted_by_depth == alone.speculation.accepted_by_depth
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("shape", ["chain", "tree", "eagle-25"])
 def test_everything_asked_at_once_in_every_batch(shape: str, rows: int, make: Make) -> None:

@@ -74,6 +74,18 @@ def test_texts_have_their_form_and_are_those_of_plain_decoding(
         assert rounds < sum(o.speculation.rounds for o in expected)
 
 
+@pytest.mark.parametrize("shape", ["tree", "retrieving"])
+def test_forms_beside_one_that_declines_speculation(shape: str, make: Make) -> None:
+    """Rounds with forms change between the tree and a root alone; the texts stay."""
+    llm, asked, params = make("mixed", SHAPES[shape]), prompts(6), forms_and_none(6, 30)
+    declining = [replace(one, speculation=i != 1) for i, one in enumerate(params)]
+    expected, outputs = llm.generate(asked, params), llm.generate(asked, declining)
+    assert_idle(llm)
+    assert list(map(said, outputs)) == list(map(said, expected))
+    assert outputs[1].speculation.drafted == 0 < expected[1].speculation.drafted
+    assert sum(one.speculation.drafted for one in outputs) > 0
+
+
 @pytest.mark.parametrize("shape", ["chain", "tree"])
 def test_the_end_of_a_form_inside_an_accepted_run_ends_the_text(shape: str, make: Make) -> None:
     """The clean target recites the alphabet and its draft is perfect."""

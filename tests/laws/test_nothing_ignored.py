@@ -115,6 +115,11 @@ CASES = {
         {"prompt_logprobs": 0},
         lambda b, a: b.prompt_logprobs is None and a.prompt_logprobs is not None, {}, True,
     ),
+    "speculation": Case(
+        {"speculation": False},
+        lambda b, a: b.speculation.drafted > 0 and a.speculation.drafted == 0
+        and a.speculation.rounds == len(a.outputs[0].token_ids) - 1, {}, True,
+    ),
     "structured_outputs": Case(
         {"structured_outputs": {"regex": "[d-n]*"}},
         lambda _, a: set(text(a)) <= set("defghijklmn"), {"ignore_eos": False},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,35 @@ def test_cors_and_sizes(checkpoints: Path) -> None:
     kind = {"Content-Type": "application/json"}
     assert ask(small, "POST", "/tokenize", content=pieces(), headers=kind).status_code == 413
     assert ask(small, "GET", "/nowhere").json()["error"]["message"] == "Not Found"
+
+
+def test_the_page_asks_nobody_else(checkpoints: Path) -> None:
+    """Also without a key; no script or style stands in the page itself, no address leads away."""
+    locked = app(checkpoints, api_keys=("key",))
+    kinds = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript"}
+    for path, kind in kinds.items():
+        answer = ask(locked, "GET", path)
+        assert answer.status_code == 200
+        assert answer.headers["content-type"] == f"{kind}; charset=utf-8"
+        policy = dict(
+            part.strip().split(" ", 1)
+            for part in answer.headers["content-security-policy"].split(";")
+        )
+        assert policy["default-src"] == "'none'"
+        assert {policy[name] for name in ("script-src", "style-src", "connect-src")} == {"'self'"}
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        text = answer.text.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+        assert "//" not in re.sub(r"^\s*//.*|(;|,|\)) //.*", "", text, flags=re.M)
+    html = ask(locked, "GET", "/").text
+    assert not re.search(
+        r"<style|style=|\son\w+=|<script(?! src=\"page.js\" defer></script>)", html
+    )
+    labelled = set(re.findall(r'for="(\w+)"', html))
+    for tag in re.findall(r"<(?:input|textarea)[^>]*>", html):
+        name = re.search(r'id="(\w+)"', tag)
+        assert name is not None
+        assert name[1] in labelled or re.search(rf"<label[^>]*>[^<]*{re.escape(tag)}", html), tag
+    assert "/page.js" not in ask(locked, "GET", "/openapi.json").text
 
 
 @pytest.mark.parametrize(

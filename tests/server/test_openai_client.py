@@ -65,6 +65,37 @@ def test_chat_streams_every_choice_with_usage_and_speculation(
     assert last.speculation["depths"] == [*depths[0], *depths[1]]
 
 
+@pytest.mark.parametrize("speculation", [True, False])
+def test_chunks_tell_tree_bytes_and_tokens_per_call(
+    client: openai.OpenAI, alone: LLM, speculation: bool
+) -> None:
+    more = {"return_speculation": True, "speculation": speculation}
+    asked = {"max_tokens": 40, "temperature": 1.1, "seed": 8}
+    (expected_text,) = expected(alone, **asked).outputs
+    chat = client.chat.completions.create(
+        model=NAME, messages=TALK, stream=True, extra_body=more, **asked
+    )
+    text = client.completions.create(
+        model=NAME, prompt=list(expected(alone, **asked).prompt_token_ids), stream=True,
+        extra_body=more, **asked,
+    )  # fmt: skip
+    for stream in (chat, text):
+        *chunks, last = list(stream)
+        choices = [chunk.choices[0] for chunk in chunks if hasattr(chunk.choices[0], "tree")]
+        said = b"".join(bytes(one) for choice in choices for one in choice.bytes)
+        assert said.decode(errors="replace") == expected_text.text
+        assert all(len(choice.bytes) == len(choice.depths) for choice in choices)
+        assert choices[0].tree is None
+        paths = [[0], [0, 0], [0, 0, 0]] if speculation else []
+        assert {repr(choice.tree) for choice in choices[1:]} == {
+            repr({"paths": paths, "retrieved": 0})
+        }
+        assert choices[-1].tokens_per_call == last.speculation["tokens_per_call"]
+        assert (last.speculation["drafted"] > 0) == speculation
+        if not speculation:
+            assert choices[-1].tokens_per_call == 1.0
+
+
 def test_logprobs_of_chat_and_text(client: openai.OpenAI, alone: LLM) -> None:
     asked = {"temperature": 0, "max_tokens": 6}
     answer = client.chat.completions.create(

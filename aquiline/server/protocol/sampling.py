@@ -78,9 +78,11 @@ class SamplingFields(Body):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    speculation: bool = Field(True, description="False: decode without speculation.")
     return_speculation: bool = Field(
         False,
-        description="Add what speculation did: statistics, and in chunks the depth of each token.",
+        description="Add what speculation did: statistics, and in chunks each token's depth and the"
+        " tree in use.",
     )
 
     @property
@@ -105,7 +107,7 @@ class SamplingFields(Body):
             "prompt_logprobs": self.prompt_logprobs, "temperature": self.temperature,
             "top_p": self.top_p, "min_p": self.min_p, "allowed_token_ids": self.allowed_token_ids,
             "top_k": 0 if self.top_k == -1 else self.top_k, "logit_bias": self._bias(),
-            "structured_outputs": self._form(),
+            "structured_outputs": self._form(), "speculation": self.speculation,
         }  # fmt: skip
         return {name: value for name, value in given.items() if value is not None}
 

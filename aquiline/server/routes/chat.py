@@ -109,7 +109,7 @@ class Answer:
         if delta.logprobs is not None:
             choice["logprobs"] = self._logprobs(delta.logprobs)
         if self.body.return_speculation:
-            choice["depths"] = delta.depths
+            choice |= answers.chunk_speculation(delta, self.serving.token_bytes)
         return chunk
 
     def _choice(self, choice: CompletionOutput) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class Answer:
                     for position in delta.logprobs or ():
                         offsets[index] += len(next(iter(position.values())).decoded_token)
                     if self.body.return_speculation:
-                        choice["depths"] = delta.depths
+                        choice |= answers.chunk_speculation(delta, self.serving.token_bytes)
                     chunk = self._head() | {"choices": [choice]}
                     if options is not None and options.continuous_usage_stats:
                         chunk["usage"] = usage()

@@ -33,7 +33,9 @@ class TreeChooser(Protocol):
     """Picks one of its candidates for every round."""
 
     @property
-    def candidates(self) -> tuple[TreeShape, ...]: ...
+    def candidates(self) -> tuple[TreeShape, ...]:
+        """Plain decoding is among them, for rounds of requests that decline speculation."""
+        ...
 
     def choose(self, batch: int, kv_tokens: int, band: Band) -> int:
         """Index of the candidate to run.
@@ -54,7 +56,7 @@ class OneTree:
 
     @property
     def candidates(self) -> tuple[TreeShape, ...]:
-        return (self.tree,)
+        return tuple(dict.fromkeys((self.tree, PLAIN)))
 
     def choose(self, batch: int, kv_tokens: int, band: Band) -> int:
         return 0
