@@ -120,7 +120,7 @@ async def _answer(
             if response.status_code != httpx.codes.OK:
                 text = (await response.aread()).decode(errors="replace")
                 raise ValueError(f"{response.status_code} {text[:300]}")
-            async for event in _events(response):
+            async for event in events(response):
                 if "error" in event:
                     raise ValueError(str(event["error"])[:300])
                 if any(_says_something(choice) for choice in event.get("choices", ())):
@@ -135,7 +135,7 @@ async def _answer(
     return Answer(due - opened, tuple(arrivals), end, tokens, usage.get("prompt_tokens", 0), error)
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The JSON of each server-sent event, up to [DONE]."""
     async for line in response.aiter_lines():
         if line.startswith("data:"):
