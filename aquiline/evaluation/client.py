@@ -53,10 +53,11 @@ class Endpoint:
         """The route and the body."""
         route = "/v1/chat/completions" if planned.is_chat else "/v1/completions"
         prompt = planned.prompt if isinstance(planned.prompt, str) else list(planned.prompt)
+        seed = {} if planned.seed is None else {"seed": planned.seed}
         return route, {
             "model": self.model, "messages" if planned.is_chat else "prompt": prompt,
             "max_tokens": planned.max_tokens or self.max_tokens, "stream": True,
-            "stream_options": {"include_usage": True}, **(self.fields or {}),
+            "stream_options": {"include_usage": True}, **(self.fields or {}), **seed,
         }  # fmt: skip
 
 
