@@ -293,8 +293,12 @@ def main(given: list[str] | None = None) -> None:
         with (folder / "log").open("w") as log, contextlib.redirect_stderr(log):
             logs.configure()  # a line a request, as a server writes it
             loop = uvicorn.Config(lambda: None).get_loop_factory()
-            with asyncio.Runner(loop_factory=loop) as runner:
-                found = runner.run(run(options, tokenizer, folder))
+            try:
+                with asyncio.Runner(loop_factory=loop) as runner:
+                    found = runner.run(run(options, tokenizer, folder))
+            except Exception:
+                print((folder / "log").read_text(encoding="utf-8")[-2000:], flush=True)
+                raise
     device = choose_device(options.device)
     held = {row["concurrency"]: row["ratio"] <= GOAL for row in found["rows"]}
     payload = {

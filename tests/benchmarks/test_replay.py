@@ -9,6 +9,7 @@ import pytest
 
 from aquiline.evaluation import load
 from benchmarks import replay
+from tests.tiny_checkpoint import write_target
 
 
 def test_three_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +18,9 @@ def test_three_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     rows = [(0, 9, 6), (0.2, 4, 8), (0.2, 5, 1)]
     names = "at", "prompt_tokens", "output_tokens"
     trace.write_text("".join(json.dumps(dict(zip(names, r, strict=True))) + "\n" for r in rows))
-    replay.main(["--trace", str(trace), "--out", str(out), "--max-num-seqs", "4"])
+    # Any token id that a trace's random prompts may hold is in the vocabulary.
+    target = write_target(tmp_path / "target", vocab_size=load.RANDOM_IDS[1], context=1024)
+    replay.main(["--trace", str(trace), "--out", str(out), "--model", str(target)])
     found = json.loads(out.read_text())["replay"]
     (row,) = found["rows"]
     assert [one["tokens"] for one in row["each"]] == [6, 8, 1]
