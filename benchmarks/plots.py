@@ -6,13 +6,15 @@
 across each; ``smollm2_gpu.json`` (rows of batch, tree, temperature, tokens_per_call, ttit_ms,
 speedup) becomes curves over the batch, one row of panels for each temperature;
 ``draft_quality.json`` (rows of draft, layers, tokens, objective, task, temperature, chain,
-tokens_per_call) becomes TPC by tokens trained on, by layers and by objective. Needs matplotlib: pip
-install 'aquiline[plots]'.
+tokens_per_call) becomes TPC by tokens trained on, by layers and by objective. The section
+``replay`` of ``serving.json`` becomes ``replay.png``: requests over the time they came. Needs
+matplotlib: pip install 'aquiline[plots]'.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -134,6 +136,33 @@ def plot_quality(result: Mapping[str, Any], out: Path) -> None:
     _save(figure, out)
 
 
+def plot_replay(result: Mapping[str, Any], out: Path) -> None:
+    """TTFT and TTIT of each request at the time it came, and how many were in flight."""
+    import matplotlib.pyplot as plt
+
+    each: Sequence[Row] = [one for one in result["rows"][0]["each"] if "error" not in one]
+    starts = [one["start"] for one in each]
+    changes = sorted(
+        change
+        for one in each
+        for change in ((one["start"], 1), (one["start"] + one["e2e_ms"] / 1e3, -1))
+    )
+    in_flight = list(itertools.accumulate(change for _, change in changes))
+    figure, panels = plt.subplots(3, 1, figsize=(9, 7.5), sharex=True, layout="constrained")
+    for axes, field, label in zip(panels, ("ttft_ms", "ttit_ms"), ("TTFT, ms", "TTIT, ms"),
+                                  strict=False):  # fmt: skip
+        axes.plot(starts, [one[field] for one in each], ".")
+        axes.set_ylabel(label)
+    panels[2].step([at for at, _ in changes], in_flight, where="post")
+    panels[2].set_ylabel("requests in flight")
+    panels[2].set_xlabel("seconds; of TTFT and TTIT: the request's arrival")
+    for axes in panels:
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    figure.suptitle(_title(result))
+    _save(figure, out)
+
+
 def _differ_in(field: str, rows: Sequence[Row]) -> list[Row]:
     """The rows with the most values of ``field`` among those that agree in the other two."""
     others = [name for name in ("layers", "tokens", "objective") if name != field]
@@ -147,8 +176,12 @@ def _differ_in(field: str, rows: Sequence[Row]) -> list[Row]:
 
 
 def plot(path: Path) -> Path:
-    """Plot a result file beside itself, by the fields of its rows."""
+    """Plot a result file beside itself, by its section or the fields of its rows."""
     result = json.loads(path.read_text(encoding="utf-8"))
+    if "replay" in result:
+        out = path.with_name("replay.png")
+        plot_replay(result["replay"], out)
+        return out
     out, fields = path.with_suffix(".png"), set(result["rows"][0])
     draw = plot_curves
     if fields >= ROUND_FIELDS:

@@ -25,7 +25,7 @@ from aquiline.core.outputs import RequestOutput, SpeculationStats
 from aquiline.core.params import SamplingParams, SpeculationParams, VerificationRule
 from aquiline.engine.config import EngineConfig
 from aquiline.engine.engine import Engine
-from aquiline.engine.loader import LoadedModel, choose_device, load
+from aquiline.engine.loader import LoadedModel, choose_device, load, rule_of
 from aquiline.evaluation.tasks import load_task
 from aquiline.speculation.dispatch.default import default_tree
 from aquiline.speculation.dispatch.dispatcher import OneTree
@@ -60,7 +60,7 @@ def engine_of(
     """On the same weights as all the others."""
     asked = SpeculationParams(tree=tree.paths, verification=rule)
     config = dataclasses.replace(config, speculation=asked)
-    return Engine(config, dataclasses.replace(loaded, chooser=OneTree(tree)))
+    return Engine(config, dataclasses.replace(loaded, chooser=OneTree(tree), rule=rule_of(asked)))
 
 
 def answer(

@@ -36,6 +36,7 @@ from aquiline.engine.runner import bucket_of
 from aquiline.models.registry import resolve
 from aquiline.speculation.dispatch.dispatcher import OneTree
 from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.verification.rules import RULES
 from aquiline.text.tokenizer import Tokenizer, load_tokenizer
 from benchmarks.common import fingerprint, machine, stamp, write_result
 from benchmarks.shapes import models_for
@@ -169,7 +170,7 @@ def engine_of(models: DecoderModels, tokenizer: Any, batch: int, context: int) -
     )  # fmt: skip
     loaded = LoadedModel(
         models, tokenizer, OneTree(CHAIN), room, None, length,
-        PREFILL_BUDGETS[models.device.type], {},
+        PREFILL_BUDGETS[models.device.type], {}, RULES["coupled"],
     )  # fmt: skip
     return Engine(config, loaded)
 

@@ -47,6 +47,9 @@ def serve(
     ignore_eos: Annotated[
         bool, typer.Option(help="Ask for full length; not every server knows the field.")
     ] = False,
+    seeded: Annotated[
+        bool, typer.Option(help="Give request i the seed i, for a load that can be repeated.")
+    ] = False,
     goodput: Annotated[
         str | None, typer.Option(help="Limits in ms: ttft:500,ttit:25,e2e:10000.")
     ] = None,
@@ -61,6 +64,8 @@ def serve(
     planned = _planned(prompts, trace, requests, prompt_tokens, seed)
     if trace is None and rate is not None:
         planned = load.arriving(planned, rate, arrivals, seed)  # type: ignore[arg-type]
+    if seeded:
+        planned = [replace(one, seed=number) for number, one in enumerate(planned)]
     fields: dict[str, Any] = {"temperature": temperature}
     if ignore_eos or trace is not None:
         fields["ignore_eos"] = True

@@ -31,6 +31,12 @@ def serve(
     ] = _AUTO,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and text.")] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Choices that run at once.")] = 16,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of prompts that a step runs at most.")
+    ] = None,
+    enable_prefix_caching: Annotated[
+        bool, typer.Option(help="Reuse the cache of texts that begin alike.")
+    ] = True,
     max_waiting: Annotated[int, typer.Option(help="Choices that may wait; beyond: 429.")] = 1024,
     tensor_parallel_size: Annotated[int, typer.Option(help="Ranks.")] = 1,
     gpu_memory_utilization: Annotated[float, typer.Option(help="Share of the card.")] = 0.8,
@@ -70,6 +76,7 @@ def serve(
     llm = AsyncLLM(
         model, dtype, _speculation(model, speculative_config), max_waiting,  # type: ignore[arg-type]
         max_model_len=max_model_len, max_num_seqs=max_num_seqs, kv_cache_tokens=kv_cache_tokens,
+        max_num_batched_tokens=max_num_batched_tokens, enable_prefix_caching=enable_prefix_caching,
         tensor_parallel_size=tensor_parallel_size, gpu_memory_utilization=gpu_memory_utilization,
     )  # fmt: skip
     run(llm, settings)

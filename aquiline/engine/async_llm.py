@@ -19,6 +19,7 @@ from aquiline.core.errors import AquilineError, CheckpointError, EngineError
 from aquiline.core.outputs import RequestOutput
 from aquiline.core.params import MAX_SEED, SamplingParams
 from aquiline.engine.config import DtypeName, EngineConfig
+from aquiline.engine.loader import Loader, load
 from aquiline.engine.messages import (
     Abort,
     Admitted,
@@ -53,6 +54,7 @@ class AsyncLLM:
         max_waiting: choices that may wait beyond ``max_num_seqs``; a request that finds so many is
             refused.
         on_progress: called with every Progress report, for counting.
+        loader: makes the model in the engine's process, so it must be one that can be pickled.
         The others: see LLM.
 
     Attributes:
@@ -68,11 +70,12 @@ class AsyncLLM:
         speculative_config: Mapping[str, Any] | None = None,
         max_waiting: int = 1024,
         on_progress: Callable[[Progress], None] = lambda progress: None,
+        loader: Loader = load,
         **options: Any,
     ) -> None:
         self.config = EngineConfig.of(model, dtype, speculative_config, options)
         self.tokenizer = load_tokenizer(resolve(model))
-        self.max_waiting, self.on_progress = max_waiting, on_progress
+        self.max_waiting, self.on_progress, self._loader = max_waiting, on_progress, loader
         self.ready: Ready | None = None
         self._streams: dict[int, Stream] = {}
         self._ids = itertools.count(1)
@@ -170,7 +173,7 @@ class AsyncLLM:
     # ----------------------------------------------------------------------------- process and pipe
 
     def _spawn(self) -> None:
-        self._process = EngineProcess(self.config, self._take, self._died)
+        self._process = EngineProcess(self.config, self._loader, self._take, self._died)
 
     def _submit(self, stream: Stream) -> None:
         assert self._process is not None

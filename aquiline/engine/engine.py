@@ -24,7 +24,6 @@ from aquiline.guided.grammar import Grammars
 from aquiline.kvcache.pages import PageAllocator
 from aquiline.kvcache.prefix import PrefixCache
 from aquiline.kvcache.table import PageTable
-from aquiline.speculation.verification.rules import RULES
 from aquiline.text.detokenizer import Detokenizer
 
 
@@ -43,12 +42,11 @@ class Engine:
         self.allocator = PageAllocator(pages)
         retrieving = any(tree.retrieved for tree in chooser.candidates)
         planes = loaded.models.planes(pages, page_size, retrieving)
-        rule = "coupled" if config.speculation is None else config.speculation.verification
         cache = PrefixCache(self.allocator, page_size) if config.enable_prefix_caching else None
         self.scheduler = Scheduler(config.max_num_seqs, chooser, loaded.prefill_budget, cache)
         columns = -(-(self.max_model_len + loaded.room) // page_size)
         self.runner = Runner(
-            loaded.models, planes, chooser.candidates, RULES[rule], config.max_num_seqs, columns
+            loaded.models, planes, chooser.candidates, loaded.rule, config.max_num_seqs, columns
         )
         self.warm_up = self.runner.warm_up(chooser)
         self._flight: deque[Ticket] = deque()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from aquiline.speculation.dispatch.default import BatchRule
 from aquiline.speculation.dispatch.dispatcher import OneTree, Retrieving, TreeChooser
 from aquiline.speculation.dispatch.table import DispatchTable
 from aquiline.speculation.tree import TreeShape
+from aquiline.speculation.verification.rules import RULES, RuleFactory
 from aquiline.text.tokenizer import Tokenizer, load_tokenizer
 
 DEFAULT_CHAIN = 3
@@ -31,6 +33,7 @@ class LoadedModel:
 
     Attributes:
         room: slots that a running request needs past its committed length.
+        rule: how rounds are verified.
         kv_cache_tokens: what the device has memory for; None on the CPU.
     """
 
@@ -42,6 +45,10 @@ class LoadedModel:
     max_model_len: int
     prefill_budget: PrefillBudget
     sampling_defaults: dict[str, object]
+    rule: RuleFactory
+
+
+Loader = Callable[[EngineConfig], LoadedModel]
 
 
 def choose_device(name: str) -> torch.device:
@@ -69,6 +76,11 @@ def chooser_of(speculation: SpeculationParams | None) -> TreeChooser:
         return OneTree(TreeShape.chain(0))
     chooser = _drafted(speculation)
     return Retrieving(chooser, speculation.retrieval) if speculation.retrieval else chooser
+
+
+def rule_of(speculation: SpeculationParams | None) -> RuleFactory:
+    """The rule that the parameters ask for; without speculation the coupled one draws."""
+    return RULES["coupled" if speculation is None else speculation.verification]
 
 
 def _drafted(speculation: SpeculationParams) -> TreeChooser:
@@ -107,13 +119,13 @@ def load(config: EngineConfig) -> LoadedModel:
     models = DecoderModels(target, drafter)
     models.pack()
     return LoadedModel(
-        models, load_tokenizer(path), chooser, room, _kv_cache_tokens(config, models),
+        models, load_tokenizer(path), chooser, room, kv_cache_tokens(config, models),
         max_model_len, config.prefill_budget(device.type),
-        _sampling_defaults(checkpoint.generation_config),
+        _sampling_defaults(checkpoint.generation_config), rule_of(config.speculation),
     )  # fmt: skip
 
 
-def _kv_cache_tokens(config: EngineConfig, models: DecoderModels) -> int | None:
+def kv_cache_tokens(config: EngineConfig, models: DecoderModels) -> int | None:
     """What fits beside the weights in this share of the card; None on the CPU."""
     if models.device.type != "cuda":
         return None

@@ -24,7 +24,7 @@ from aquiline.core.outputs import RequestOutput
 from aquiline.engine.config import EngineConfig
 from aquiline.engine.engine import Engine
 from aquiline.engine.form_compiler import FormCompiler
-from aquiline.engine.loader import load
+from aquiline.engine.loader import Loader
 from aquiline.engine.messages import (
     Abort,
     Admitted,
@@ -46,6 +46,7 @@ class EngineProcess:
     """A running engine process, seen from an event loop.
 
     Args:
+        loader: makes the model, in the process; it can be pickled.
         on_report: called in the event loop with each report, in order.
         on_exit: called in the event loop once, when the process has ended by itself.
     """
@@ -53,12 +54,13 @@ class EngineProcess:
     def __init__(
         self,
         config: EngineConfig,
+        loader: Loader,
         on_report: Callable[[Report], None],
         on_exit: Callable[[], None],
     ) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._connection, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=run_engine, args=(theirs, config), daemon=True)
+        self._process = spawn.Process(target=run_engine, args=(theirs, config, loader), daemon=True)
         self._process.start()
         theirs.close()
         self._on_report, self._on_exit, self._heard = on_report, on_exit, False
@@ -111,12 +113,12 @@ class EngineProcess:
             pass
 
 
-def run_engine(connection: Connection, config: EngineConfig) -> None:
+def run_engine(connection: Connection, config: EngineConfig, loader: Loader) -> None:
     """Load and serve until the other end of the pipe is closed; the process's main function."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
-        loaded = load(config)
+        loaded = loader(config)
         engine = Engine(config, loaded)
     except AquilineError as error:
         connection.send(Failed(str(error)))

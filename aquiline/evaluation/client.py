@@ -53,10 +53,11 @@ class Endpoint:
         """The route and the body."""
         route = "/v1/chat/completions" if planned.is_chat else "/v1/completions"
         prompt = planned.prompt if isinstance(planned.prompt, str) else list(planned.prompt)
+        seed = {} if planned.seed is None else {"seed": planned.seed}
         return route, {
             "model": self.model, "messages" if planned.is_chat else "prompt": prompt,
             "max_tokens": planned.max_tokens or self.max_tokens, "stream": True,
-            "stream_options": {"include_usage": True}, **(self.fields or {}),
+            "stream_options": {"include_usage": True}, **(self.fields or {}), **seed,
         }  # fmt: skip
 
 
@@ -120,7 +121,7 @@ async def _answer(
             if response.status_code != httpx.codes.OK:
                 text = (await response.aread()).decode(errors="replace")
                 raise ValueError(f"{response.status_code} {text[:300]}")
-            async for event in _events(response):
+            async for event in events(response):
                 if "error" in event:
                     raise ValueError(str(event["error"])[:300])
                 if any(_says_something(choice) for choice in event.get("choices", ())):
@@ -135,7 +136,7 @@ async def _answer(
     return Answer(due - opened, tuple(arrivals), end, tokens, usage.get("prompt_tokens", 0), error)
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
+async def events(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
     """The JSON of each server-sent event, up to [DONE]."""
     async for line in response.aiter_lines():
         if line.startswith("data:"):

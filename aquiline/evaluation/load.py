@@ -31,11 +31,13 @@ class Planned:
         prompt: messages of a chat, a text to continue, or its token ids.
         max_tokens: None leaves the load's own.
         at: seconds after the start; None in a closed load.
+        seed: None leaves it to the server.
     """
 
     prompt: tuple[Mapping[str, Any], ...] | str | tuple[int, ...]
     max_tokens: int | None = None
     at: float | None = None
+    seed: int | None = None
 
     @property
     def is_chat(self) -> bool:

@@ -40,19 +40,30 @@ th { color: #60686f; font-weight: 600 } div.wide { overflow-x: auto }
 
 
 def load_results(paths: Sequence[Path]) -> dict[str, Row]:
-    """By file name; AquilineError names the file that is no result."""
+    """By file name, and by section where a file is an object of results; AquilineError names the
+    file that is no result."""
     results: dict[str, Row] = {}
     for path in paths:
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise AquilineError(f"{path}: {error}; give a stored result") from None
-        for number, one in enumerate(result if isinstance(result, list) else [result], 1):
+        for part, one in _parts(result):
             if not isinstance(one, dict):
                 raise AquilineError(f"{path}: not a JSON object; give a stored result")
-            name = path.name if isinstance(result, dict) else f"{path.name}, {number}"
-            results[name if name not in results else str(path)] = one
+            names = [f"{file}, {part}" if part else str(file) for file in (path.name, path)]
+            results[names[names[0] in results]] = one
     return results
+
+
+def _parts(result: Any) -> Iterable[tuple[str, Any]]:
+    """The results in a file, each with what tells it from the others."""
+    if isinstance(result, list):
+        return [(str(number), one) for number, one in enumerate(result, 1)]
+    values = result.values() if isinstance(result, dict) else ()
+    if values and all(isinstance(one, dict) and "command" in one for one in values):
+        return list(result.items())
+    return [("", result)]
 
 
 def page(results: Mapping[str, Row], title: str = "aquiline: results") -> str:

@@ -78,7 +78,7 @@ def load_gguf_tokenizer(path: Path) -> GgufTokenizer:
             f"{path}: not a complete GGUF file ({error}); download it again"
         ) from None
     try:
-        return _build(fields)
+        return tokenizer_of(fields)
     except KeyError as error:
         raise CheckpointError(
             f"{path}: {error.args[0]} is missing; give a GGUF file with its tokenizer"
@@ -92,7 +92,8 @@ def load_gguf_tokenizer(path: Path) -> GgufTokenizer:
         ) from None
 
 
-def _build(fields: Mapping[str, Any]) -> GgufTokenizer:
+def tokenizer_of(fields: Mapping[str, Any]) -> GgufTokenizer:
+    """The tokenizer that GGUF metadata describes; raises KeyError, CheckpointError."""
     start = "tokenizer.ggml."
     own = {key.removeprefix(start): v for key, v in fields.items() if key.startswith(start)}
     rule = _rule(own["model"], own.get("pre"))

@@ -38,11 +38,12 @@ def test_a_load_is_measured_stored_and_reported(
         base = ("bench", "serve", "--base-url", fake.url, "--out", out)
         code = aquiline(
             monkeypatch, *base, "--prompts", prompts, "--requests", 5, "--concurrency", "1,4",
-            "--goodput", "ttft:5000,ttit:500", "--warm-up", 2, "--api-key", "secret-1",
+            "--goodput", "ttft:5000,ttit:500", "--warm-up", 2, "--api-key", "secret-1", "--seeded",
         )  # fmt: skip
         assert code == 0
         assert len(fake.bodies) == 2 + 2 * 5
         assert all("ignore_eos" not in body for body in fake.bodies)
+        assert sorted(body["seed"] for body in fake.bodies[-5:]) == [0, 1, 2, 3, 4]
         result = json.loads(out.read_text())
         assert result["model"] == "fake-1"
         assert "bench serve --base-url" in result["command"]
@@ -73,6 +74,7 @@ def test_a_load_is_measured_stored_and_reported(
         )  # fmt: skip
         assert code == 0
         assert [len(body["prompt"]) for body in fake.bodies] == [3] * 3
+        assert not any("seed" in body for body in fake.bodies)
         assert all(body["ignore_eos"] and body["max_tokens"] == 4 for body in fake.bodies)
         starts = [one["start"] for one in json.loads(out.read_text())["rows"][0]["each"]]
         assert starts == pytest.approx([0, 0.1, 0.2])

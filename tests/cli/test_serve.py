@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from aquiline.cli.main import main
+from aquiline.engine.async_llm import AsyncLLM
 from tests.tiny_checkpoint import write_target
 
 MAIN = "from aquiline.cli.main import main; main()"
@@ -36,6 +37,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
         (("TARGET", "--speculative-config", "{"), "--speculative-config {: not JSON"),
         (("TARGET", "--allowed-origins", "x"), "--allowed-origins x: give a JSON list"),
         (("TARGET", "--max-num-seqs", "0"), "max_num_seqs=0"),
+        (("TARGET", "--max-num-batched-tokens", "0"), "max_num_batched_tokens=0"),
         (("TARGET", "--tool-call-parser", "x"), "tool_call_parser='x': one of auto"),
     ],
 )
@@ -52,6 +54,31 @@ def test_bad_flags(
         main()
     assert stop.value.code == 2
     assert f"error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "budget", "caching"),
+    [
+        ((), None, True),
+        (("--max-num-batched-tokens", "64", "--no-enable-prefix-caching"), 64, False),
+        (("--enable-prefix-caching",), None, True),
+    ],
+)
+def test_flags_that_reach_the_engine(
+    flags: tuple[str, ...],
+    budget: int | None,
+    caching: bool,
+    target: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served: list[AsyncLLM] = []
+    monkeypatch.setattr("aquiline.server.run.run", lambda llm, settings: served.append(llm))
+    monkeypatch.setattr(sys, "argv", ["aquiline", "serve", str(target), *flags])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    config = served[0].config
+    assert (config.max_num_batched_tokens, config.enable_prefix_caching) == (budget, caching)
 
 
 def test_a_port_that_is_taken(target: Path) -> None:

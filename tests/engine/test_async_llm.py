@@ -18,7 +18,9 @@ from aquiline.core.errors import AquilineError, EngineError
 from aquiline.core.outputs import RequestOutput
 from aquiline.core.params import SamplingParams
 from aquiline.engine.async_llm import AsyncLLM
+from aquiline.engine.config import EngineConfig
 from aquiline.engine.llm import LLM
+from aquiline.engine.loader import LoadedModel, load
 from tests.tiny_checkpoint import write_draft, write_target
 from tests.tiny_engine import CHAIN, mixed_params, prompts
 
@@ -164,6 +166,23 @@ def test_a_request_under_two_ends_is_given_up(options: dict[str, Any]) -> None:
             asked = SamplingParams(max_tokens=3, temperature=0)
             outputs = [output async for output in llm.generate("a", asked)]
             assert len(outputs[-1].outputs[0].token_ids) == 3
+
+    wait(test())
+
+
+def greedy_by_default(config: EngineConfig) -> LoadedModel:
+    """A loader that spawned processes find by its name."""
+    return replace(load(config), sampling_defaults={"temperature": 0.0})
+
+
+def test_a_loader_of_ones_own(options: dict[str, Any], alone: LLM) -> None:
+    async def test() -> None:
+        async with running(options, loader=greedy_by_default) as llm:
+            params = llm.default_sampling_params(max_tokens=20)
+            assert params.temperature == 0
+            (prompt,) = prompts(1)
+            text, _ = await last(llm, prompt, params)
+            assert text == alone.generate(prompt, params)[0].outputs[0].text
 
     wait(test())
 

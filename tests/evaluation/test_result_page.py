@@ -98,3 +98,18 @@ def test_what_is_no_result_is_refused_by_name(tmp_path: Path) -> None:
         load_results([tmp_path / "absent.json"])
     (tmp_path / "c.json").write_text(json.dumps([{"rows": []}, {"rows": []}]))
     assert list(load_results([tmp_path / "c.json"])) == ["c.json, 1", "c.json, 2"]
+
+
+def test_sections_of_a_file_are_results_of_their_own(tmp_path: Path) -> None:
+    sections = {"load": {"command": "a"}, "replay": {**SERVE, "rows": SERVE["rows"][:1]}}
+    paths = [tmp_path / folder / "serving.json" for folder in ("x", "y")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps(sections))
+    found = load_results(paths)
+    assert list(found) == [
+        "serving.json, load", "serving.json, replay", f"{paths[1]}, load", f"{paths[1]}, replay",
+    ]  # fmt: skip
+    text = page(load_results(paths[:1]))
+    assert len(figures(text)) == 3
+    assert "start" not in re.sub(r"<svg.*?</svg>|<style.*?</style>", "", text, flags=re.DOTALL)
