@@ -75,7 +75,7 @@ def measure(engine: Engine, forms: list[bool], context: int, steps: int) -> Step
     latest = dict[int, RequestOutput]()
     while len(latest) < len(ids):
         latest |= {output.request_id: output for output in engine.step()}
-    for _ in range(WARM_UP):  # graphs are captured when they are first needed
+    for _ in range(WARM_UP):  # kernels are compiled when they are first needed
         latest |= {output.request_id: output for output in engine.step()}
     before = SpeculationStats.sum(latest[i].speculation for i in ids)
     started = time.perf_counter()

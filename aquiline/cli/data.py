@@ -127,7 +127,7 @@ def data(
     report["decontamination"] = dataclasses.asdict(touched)
     if again:
         rows = batch or BATCH[choose_device("auto").type]
-        context = open_checkpoint(resolve(target)).config.max_position_embeddings
+        context = open_checkpoint(resolve(target)).config.context
         config = options.speculative_config(target, draft, tree, "coupled", method)
         llm = LLM(
             target, dtype, config if speculate else None,  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ def _examine(
     ends = frozenset(tokenizer.eos_token_ids)
     examination = Examination(encoded, max_tokens, chain, ends)
     checkpoint = open_checkpoint(path)
-    context = checkpoint.config.max_position_embeddings
+    context = checkpoint.config.context
     if examination.positions > context:
         raise AquilineError(
             f"--max-tokens {max_tokens}: with the prompts it passes the target's context of "

@@ -125,8 +125,16 @@ def _trainer(config: TrainConfig, world: World, dtype: str, out: Path) -> Traine
 
         teacher = TransformersTeacher.load(path, kind, device)
     else:
-        positions = max(config.max_length, corpus.info.max_length) + config.eval_tokens + 64
-        teacher = LlamaTeacher(load_llama(open_checkpoint(path), kind, device, positions))
+        checkpoint = open_checkpoint(path)
+        longest = max(config.max_length, corpus.info.max_length) + config.eval_tokens
+        window = checkpoint.config.sliding_window
+        if window is not None and longest > window:
+            raise AquilineError(
+                f"max_length={config.max_length}: with eval_tokens={config.eval_tokens} "
+                f"{checkpoint.config.context_limit}; lower it so that both are at most {window}, "
+                "or give teacher=transformers"
+            )
+        teacher = LlamaTeacher(load_llama(checkpoint, kind, device, longest + 64))
     packer = Packer(corpus, config.tokens_per_batch, config.seed, config.holdout)
     return Trainer(config, teacher, tokenizer, packer, world)
 

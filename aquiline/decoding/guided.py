@@ -23,6 +23,8 @@ from aquiline.decoding.graph import capture
 from aquiline.decoding.rows import Emitted, StagedRound
 from aquiline.guided.batch import GuidedBatch
 
+STAGES = 3  # graphs of a round
+
 
 class GuidedRound:
     """A round of fixed rows and tree; captured on CUDA, where it must be harmless to run once.

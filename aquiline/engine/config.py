@@ -33,7 +33,8 @@ class EngineConfig:
         model: a built-in name, a Hugging Face folder, or a GGUF file.
         dtype: "auto" is bfloat16 where the device multiplies it natively, else float32.
         device: "auto" is CUDA where there is one.
-        max_model_len: tokens of prompt and text together; None takes the model's own limit.
+        max_model_len: tokens of prompt and text together; None takes the model's own limit, or its
+            sliding window where that is less.
         max_num_seqs: requests in a running batch at most.
         page_size: tokens a page of the KV cache.
         max_num_batched_tokens: tokens of prompts that a step runs at most; None is 128 on the CPU

@@ -20,7 +20,7 @@ from aquiline.engine.runner import Runner
 from aquiline.engine.scheduler import Scheduler
 from aquiline.engine.sequence import Said, Sequence, StepTokens
 from aquiline.engine.ticket import Ticket
-from aquiline.guided.grammar import Grammars
+from aquiline.guided.grammar import Grammars, xgrammar_installed
 from aquiline.kvcache.pages import PageAllocator
 from aquiline.kvcache.prefix import PrefixCache
 from aquiline.kvcache.table import PageTable
@@ -48,7 +48,7 @@ class Engine:
         self.runner = Runner(
             loaded.models, planes, chooser.candidates, loaded.rule, config.max_num_seqs, columns
         )
-        self.warm_up = self.runner.warm_up(chooser)
+        self.warm_up = self.runner.warm_up(chooser, forms=xgrammar_installed())
         self._flight: deque[Ticket] = deque()
         self._next_id = 0
 

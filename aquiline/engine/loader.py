@@ -101,11 +101,12 @@ def load(config: EngineConfig) -> LoadedModel:
     checkpoint = open_checkpoint(path)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    context = checkpoint.config.max_position_embeddings
+    context = checkpoint.config.context
     max_model_len = config.max_model_len or context
     if max_model_len > context:
         raise AquilineError(
-            f"max_model_len={max_model_len}: the model's context is {context}; give at most that"
+            f"max_model_len={max_model_len}: {checkpoint.config.context_limit}; give at most "
+            f"{context}"
         )
     chooser = chooser_of(config.speculation)
     # One round's tree, and what a round in flight may still commit.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from aquiline.decoding.graph import RoundGraph, capture
-from aquiline.decoding.guided import GuidedRound
+from aquiline.decoding.guided import STAGES, GuidedRound
 from aquiline.decoding.models import DecoderModels, Planes
 from aquiline.decoding.prefill import prefill, prefill_chunk
 from aquiline.decoding.prompt_scores import prompt_logprobs
@@ -81,18 +81,23 @@ class Runner:
         self._sampling: tuple[tuple[Sequence, ...], SamplingBatch] | None = None
         self._prompt_scores: WeakKeyDictionary[Sequence, list[Tensor]] = WeakKeyDictionary()
 
-    def warm_up(self, chooser: TreeChooser) -> WarmUp:
-        """Capture the graphs that ``chooser`` would ask for at short and long contexts, so that no
-        request waits for them; another one is captured when it is first needed."""
+    def warm_up(self, chooser: TreeChooser, forms: bool) -> WarmUp:
+        """Capture the graphs that ``chooser`` would ask for at short and long contexts, those of
+        batches with ``forms`` too if there can be any, so that no request waits for them; another
+        one is captured when it is first needed."""
         if not self.cuda:
             return WarmUp(0, 0.0, 0)
         started, before = time.perf_counter(), torch.cuda.memory_reserved()
         sizes = {*(size for size in BATCH_BUCKETS if size < self.max_rows), self.max_rows}
         for size, context, band in itertools.product(sorted(sizes), WARM_CONTEXTS, BANDS):
-            self._graph(size, chooser.choose(size, size * context, band))
+            tree = chooser.choose(size, size * context, band)
+            self._graph(size, tree)
+            if forms:
+                self._guided_graphs(size, tree)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - started
-        return WarmUp(len(self._graphs), seconds, torch.cuda.memory_reserved() - before)
+        graphs = len(self._graphs) + STAGES * len(self._guided)
+        return WarmUp(graphs, seconds, torch.cuda.memory_reserved() - before)
 
     @property
     def max_rows(self) -> int:

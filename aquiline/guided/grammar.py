@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from threading import Lock
 from typing import Any
 
@@ -181,6 +182,11 @@ def _reason(error: Exception) -> str:
     """The last line of xgrammar's message, without its clock and source line."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return re.sub(r"^\[[\d:]+\] \S+:\d+: ", "", line).rstrip(" .;")
+
+
+def xgrammar_installed() -> bool:
+    """Whether texts can be given a form here; nothing is imported."""
+    return find_spec("xgrammar") is not None
 
 
 def _import_xgrammar() -> Any:

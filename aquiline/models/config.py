@@ -1,6 +1,6 @@
 """The shape of a Llama-family model, from whatever file describes it.
 
-One frozen value for Llama and Qwen2, read from a Hugging Face config (the layout before
+One frozen value for Llama, Qwen2 and Mistral, read from a Hugging Face config (the layout before
 transformers 5, or since) or from GGUF metadata. Everything the forward pass does not implement is
 refused here by name, so that no weight is ever read under a wrong assumption.
 """
@@ -13,8 +13,12 @@ from typing import Any, Literal, TypeVar, cast
 
 from aquiline.core.errors import CheckpointError
 
-Architecture = Literal["LlamaForCausalLM", "Qwen2ForCausalLM"]
-_MODEL_TYPES: dict[str, Architecture] = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+Architecture = Literal["LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM"]
+_MODEL_TYPES: dict[str, Architecture] = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM",
+}  # fmt: skip
+_GGUF_TYPES = ("llama", "qwen2")  # a Mistral is converted as a llama
+_MISTRAL_WINDOW = 4096  # what transformers takes where the config says nothing
 _Number = TypeVar("_Number", int, float)
 
 
@@ -55,7 +59,13 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """A Llama or Qwen2 decoder. ``attention_bias`` is a bias on q, k and v only (Qwen2)."""
+    """A Llama, Qwen2 or Mistral decoder.
+
+    Attributes:
+        attention_bias: a bias on q, k and v only (Qwen2).
+        sliding_window: a token sees so many, itself included (Mistral); None: all before it. Only
+            full attention is implemented, which is the same as long as a text is no longer.
+    """
 
     architecture: Architecture
     vocab_size: int
@@ -71,6 +81,7 @@ class LlamaConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
     attention_bias: bool
+    sliding_window: int | None = None
 
     def __post_init__(self) -> None:
         _require(
@@ -84,6 +95,20 @@ class LlamaConfig:
             "rope factors", len(factors), f"must be head_dim / 2 = {self.head_dim // 2} numbers",
         )  # fmt: skip
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longest text that this forward pass computes as the model is meant."""
+        return min(
+            self.max_position_embeddings, self.sliding_window or self.max_position_embeddings
+        )
+
+    @property
+    def context_limit(self) -> str:
+        """What bounds ``context``, in words."""
+        if self.context == self.max_position_embeddings:
+            return f"the model's context is {self.context}"
+        return f"sliding_window={self.sliding_window} is not implemented for longer texts"
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> LlamaConfig:
         """From a parsed ``config.json``.
@@ -93,6 +118,9 @@ class LlamaConfig:
         """
         architecture = _hf_architecture(config)
         _refuse_unimplemented(config, architecture)
+        mistral = architecture == "MistralForCausalLM"
+        config = {"sliding_window": _MISTRAL_WINDOW, **config} if mistral else config
+        windowed = mistral and config["sliding_window"] is not None
         heads = _number(config, "num_attention_heads", int)
         hidden = _number(config, "hidden_size", int)
         head_dim = _number(config, "head_dim", int, hidden // heads)
@@ -105,7 +133,7 @@ class LlamaConfig:
             intermediate_size=_number(config, "intermediate_size", int),
             num_layers=_number(config, "num_hidden_layers", int),
             num_heads=heads,
-            num_kv_heads=_number(config, "num_key_value_heads", int, heads),
+            num_kv_heads=_number(config, "num_key_value_heads", int, None if mistral else heads),
             head_dim=head_dim,
             rms_norm_eps=_number(config, "rms_norm_eps", float, 1e-6),
             rope_theta=theta,
@@ -113,6 +141,7 @@ class LlamaConfig:
             max_position_embeddings=_number(config, "max_position_embeddings", int),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=architecture == "Qwen2ForCausalLM",
+            sliding_window=_number(config, "sliding_window", int) if windowed else None,
         )
 
     @classmethod
@@ -133,7 +162,7 @@ class LlamaConfig:
             rope_factors: the values of ``rope_freqs.weight``; empty if there is none.
         """
         name = fields.get("general.architecture")
-        _require(name in _MODEL_TYPES, "general.architecture", name, _SUPPORTED)
+        _require(name in _GGUF_TYPES, "general.architecture", name, _SUPPORTED)
         prefix = f"{name}."
         own = {key.removeprefix(prefix): v for key, v in fields.items() if key.startswith(prefix)}
         heads = _number(own, "attention.head_count", int)
@@ -167,7 +196,7 @@ class LlamaConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """A ``config.json`` that old and new transformers read alike; ``from_hf`` inverts it."""
-        scaling = self.rope_scaling
+        scaling, mistral = self.rope_scaling, self.architecture == "MistralForCausalLM"
         return {
             "architectures": [self.architecture],
             "model_type": next(k for k, v in _MODEL_TYPES.items() if v == self.architecture),
@@ -184,10 +213,11 @@ class LlamaConfig:
             "rope_scaling": scaling.to_hf(self.max_position_embeddings) if scaling else None,
             "max_position_embeddings": self.max_position_embeddings,
             "tie_word_embeddings": self.tie_word_embeddings,
+            **({"sliding_window": self.sliding_window} if mistral else {}),
         }
 
 
-_SUPPORTED = "aquiline runs Llama and Qwen2 (LlamaForCausalLM, Qwen2ForCausalLM)"
+_SUPPORTED = f"aquiline runs {', '.join(_MODEL_TYPES.values())}"
 
 
 def _require(ok: bool, field: str, value: object, remedy: str) -> None:
@@ -217,9 +247,11 @@ def _hf_architecture(config: Mapping[str, Any]) -> Architecture:
 def _refuse_unimplemented(config: Mapping[str, Any], architecture: Architecture) -> None:
     activation = config.get("hidden_act", "silu")
     _require(activation in ("silu", "swish"), "hidden_act", activation, "only silu is implemented")
-    # Qwen2 lists a sliding window it does not use; its own switch and layer_types decide.
-    window = "use_sliding_window" if architecture == "Qwen2ForCausalLM" else "sliding_window"
-    for field in (window, "attention_bias", "mlp_bias", "quantization_config"):
+    # Qwen2 lists a sliding window it does not use; its own switch and layer_types decide. Mistral's
+    # bounds the context.
+    windows = {"Qwen2ForCausalLM": ["use_sliding_window"], "LlamaForCausalLM": ["sliding_window"]}
+    window = windows.get(architecture, [])
+    for field in (*window, "attention_bias", "mlp_bias", "quantization_config"):
         value = config.get(field)
         _require(not value, field, value, "not implemented; use a checkpoint without it")
     kinds = set(config.get("layer_types") or ()) - {"full_attention"}

@@ -156,6 +156,7 @@ def draft_config(target: LlamaConfig, layers: int, intermediate_size: int | None
         num_layers=layers,
         intermediate_size=intermediate_size or target.intermediate_size,
         attention_bias=False,
+        sliding_window=None,
     )
 
 

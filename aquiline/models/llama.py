@@ -1,4 +1,4 @@
-"""Llama (and Qwen2 by configuration): the target.
+"""Llama (Qwen2 and Mistral by configuration): the target.
 
 One forward over new rows at given positions; the attention object decides where keys go and what
 each row sees, so the same code prefills, decodes, verifies trees and supplies training features.

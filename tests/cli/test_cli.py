@@ -386,6 +386,24 @@ def test_corpus_of_another_tokenizer_is_refused(
     assert result.err.count("\n") == 1
 
 
+def test_training_beyond_a_sliding_window_is_refused(
+    aquiline: Command, root: Path, tmp_path: Path
+) -> None:
+    for window, code in ((103, 2), (104, 0)):  # 96 tokens of a conversation and 8 of an answer
+        target = write_target(
+            tmp_path / f"{window}", architecture="MistralForCausalLM", sliding_window=window
+        )
+        result = aquiline(
+            "train", "--target", target, "--data", root / "data.jsonl", "--dtype", "float32",
+            "--out", tmp_path / f"run-{window}", *SMALL, "--set", "tokens=192",
+        )  # fmt: skip
+        assert result.code == code
+        if code:
+            line = result.err.splitlines()[-1]
+            assert "max_length=96" in line
+            assert "sliding_window=103" in line
+
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 

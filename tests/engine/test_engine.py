@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import MistralForCausalLM
 
 from aquiline.core.errors import AquilineError
 from aquiline.core.outputs import CompletionOutput, RequestOutput
 from aquiline.core.params import SamplingParams
 from aquiline.engine.llm import LLM
-from tests.tiny_checkpoint import CYCLE, IM_END, VOCAB, token
+from tests.tiny_checkpoint import CYCLE, IM_END, VOCAB, token, write_draft, write_target
 from tests.tiny_engine import (
     CHAIN,
     GREEDY,
@@ -266,6 +268,27 @@ def test_context_end_at_the_models_own_limit(make: Make) -> None:
     (output,) = make("mixed", TREE, max_model_len=None).generate(prompt, params)
     assert said(output) == said(expected)
     assert len(output.outputs[0].token_ids) == 16
+
+
+def test_a_mistral_says_what_transformers_says_up_to_its_window(tmp_path: Path) -> None:
+    draft = write_draft(tmp_path / "draft")
+    folder = write_target(
+        tmp_path / "mistral", mix=0.15, architecture="MistralForCausalLM", sliding_window=60
+    )
+    theirs = MistralForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    prompt = CYCLE[:21]
+    expected = theirs.generate(
+        torch.tensor([prompt]), do_sample=False, max_length=60, eos_token_id=None, use_cache=False
+    )
+    params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    for speculation in (None, {"model": str(draft), **TREE}):
+        llm = LLM(str(folder), "float64", speculation, page_size=8)
+        (output,) = llm.generate({"prompt_token_ids": prompt}, params)
+        assert [*prompt, *output.outputs[0].token_ids] == expected[0].tolist()
+        assert llm.engine.max_model_len == 60
+    refused = r"max_model_len=61: sliding_window=60 is not implemented .*give at most 60"
+    with pytest.raises(AquilineError, match=refused):
+        LLM(str(folder), "float64", max_model_len=61)
 
 
 # -------------------------------------------------------------------------------- pages and rows

@@ -84,12 +84,32 @@ def test_forms_in_three_graphs_say_what_the_cpu_says(folders, shape):
     asked, params = prompts(12), forms_and_none(12)
     expected = make(folders, None, "cpu").generate(asked, params)
     assert [said(o) for o in card.generate(asked, params)] == [said(o) for o in expected]
-    runner = card.engine.runner
-    assert runner._guided
-    assert len(runner._graphs) == card.engine.warm_up.graphs
     free = mixed_params(12)
     expected = make(folders, None, "cpu").generate(asked, free)
     assert [said(o) for o in card.generate(asked, free)] == [said(o) for o in expected]
+    card.engine.step()
+    assert_idle(card)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forms_say_what_plain_decoding_says_and_capture_nothing(folders, shape, monkeypatch):
+    """Every graph of batches with and without forms is there after the start."""
+    card, plain = (make(folders, chosen, "cuda") for chosen in (SHAPES[shape], None))
+    graphs, guided = card.engine.runner._graphs, card.engine.runner._guided
+    assert set(graphs) == set(guided)
+    assert card.engine.warm_up.graphs == 4 * len(graphs)
+    asked, params = prompts(12), [*forms_and_none(8), *mixed_params(4)]
+    expected = plain.generate(asked, params)
+
+    def capture(*stages: Any, pool: Any = None) -> None:
+        raise AssertionError("a graph is captured after the warm-up")
+
+    monkeypatch.setattr("aquiline.engine.runner.capture", capture)
+    monkeypatch.setattr("aquiline.decoding.guided.capture", capture)
+    for batch in (12, 1, 3):
+        got = card.generate(asked[:batch], params[:batch])
+        assert [said(one) for one in got] == [said(one) for one in expected[:batch]]
+    assert any(one.outputs[0].finish_reason == "stop" for one in expected)
     card.engine.step()
     assert_idle(card)
 

@@ -35,6 +35,10 @@ QWEN2 = {
     "sliding_window": 4096,
     "use_sliding_window": False,
 }
+MISTRAL = {
+    **LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
+    "sliding_window": None,
+}  # fmt: skip
 LLAMA3 = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -76,6 +80,33 @@ def test_qwen2_has_qkv_bias_and_an_unused_window() -> None:
     assert LlamaConfig.from_hf(QWEN2).attention_bias
 
 
+@pytest.mark.parametrize(
+    ("window", "context"), [({"sliding_window": None}, 512), ({"sliding_window": 100}, 100),
+                            ({"sliding_window": 1000}, 512)],
+)  # fmt: skip
+def test_mistrals_window_bounds_the_context(window: dict[str, Any], context: int) -> None:
+    config = LlamaConfig.from_hf({**MISTRAL, **window})
+    assert (config.context, config.sliding_window) == (context, window["sliding_window"])
+    assert not config.attention_bias
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+    assert AutoConfig.for_model(**config.to_hf()).sliding_window == config.sliding_window
+    plain = replace(config, architecture="LlamaForCausalLM", sliding_window=None)
+    assert plain == LlamaConfig.from_hf(LLAMA)
+
+
+def test_what_a_mistral_config_leaves_out_is_transformers_default_or_refused() -> None:
+    unsaid = {name: value for name, value in MISTRAL.items() if name != "sliding_window"}
+    assert (
+        LlamaConfig.from_hf(unsaid).sliding_window == AutoConfig.for_model("mistral").sliding_window
+    )
+    with pytest.raises(CheckpointError, match="num_key_value_heads"):
+        LlamaConfig.from_hf({**MISTRAL, "num_key_value_heads": None})
+    with pytest.raises(CheckpointError, match="sliding_window=0"):
+        LlamaConfig.from_hf({**MISTRAL, "sliding_window": 0})
+    with pytest.raises(CheckpointError, match="sliding_attention"):
+        LlamaConfig.from_hf({**MISTRAL, "layer_types": ["sliding_attention"] * 2})
+
+
 def test_gguf_and_hf_agree() -> None:
     assert from_gguf(GGUF) == LlamaConfig.from_hf(LLAMA)
 
@@ -104,7 +135,7 @@ SCALINGS = [
 
 
 @pytest.mark.parametrize("scaling", SCALINGS)
-@pytest.mark.parametrize("hf", [LLAMA, QWEN2])
+@pytest.mark.parametrize("hf", [LLAMA, QWEN2, MISTRAL])
 def test_to_hf_inverts_from_hf(hf: dict[str, Any], scaling: RopeScaling | None) -> None:
     config = replace(LlamaConfig.from_hf(hf), rope_scaling=scaling, tie_word_embeddings=True)
     assert LlamaConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
@@ -122,7 +153,7 @@ def test_transformers_divides_by_the_factors_we_write(scaling: RopeScaling) -> N
         assert scale == 1.0
 
 
-@pytest.mark.parametrize("hf", [LLAMA, QWEN2])
+@pytest.mark.parametrize("hf", [LLAMA, QWEN2, MISTRAL])
 def test_what_transformers_saves_is_read_back(hf: dict[str, Any]) -> None:
     config = replace(LlamaConfig.from_hf(hf), rope_scaling=RopeScaling("llama3", **LLAMA3))
     saved = AutoConfig.for_model(**config.to_hf()).to_dict()
@@ -133,7 +164,7 @@ def test_what_transformers_saves_is_read_back(hf: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"]}, "MixtralForCausalLM"),
         ({"architectures": None, "model_type": "gpt2"}, "architectures"),
         ({"vocab_size": None}, "vocab_size"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
@@ -180,6 +211,7 @@ def test_gguf_rope_factors_and_linear_scaling() -> None:
     ("change", "named"),
     [
         ({"general.architecture": "gemma"}, "gemma"),
+        ({"general.architecture": "mistral"}, "mistral"),
         ({"llama.expert_count": 8}, "expert_count"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count"),
         ({"llama.attention.value_length": 32}, "value_length"),

@@ -36,6 +36,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.2": ("llama", {"rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "qwen2": ("qwen2", {}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 12}),
+    "mistral-window": ("mistral", {"sliding_window": 90}),  # as long as the text
 }
 # As published with HuggingFaceTB/SmolLM2-135M-Instruct.
 SMOLLM2 = {
@@ -100,7 +102,21 @@ def test_logits_and_taps_equal_transformers(kind: str, tmp_path: Path) -> None:
     assert paged(ours, TOKENS, (2,)).taps[0].equal(out.taps[2])
 
 
-@pytest.mark.parametrize("kind", ["llama-3.1", "qwen2"])
+def test_a_text_longer_than_the_window_would_differ(tmp_path: Path) -> None:
+    """So the context is bounded by it, and the bound is tight."""
+    theirs = reference("mistral-window")
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    assert ours.config.context == 90
+    longer = torch.cat((TOKENS, TOKENS[:, :1]), dim=1)
+    with torch.no_grad():
+        expected = theirs(longer).logits
+    logits = ours.logits(paged(ours, longer).features)
+    torch.testing.assert_close(logits[:, :90], expected[:, :90], rtol=0, atol=1e-5)
+    assert (logits[:, 90] - expected[:, 90]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["llama-3.1", "qwen2", "mistral"])
 def test_training_attention_gives_each_document_its_own_logits(kind: str, tmp_path: Path) -> None:
     theirs = reference(kind)
     theirs.save_pretrained(tmp_path)
@@ -223,7 +239,7 @@ class ThreadRanks(Ranks):
         return torch.cat(self.meet(x), dim=-1)
 
 
-@pytest.mark.parametrize("kind", ["llama-3.1", "llama-3.2", "qwen2", "qwen2-tied"])
+@pytest.mark.parametrize("kind", ["llama-3.1", "llama-3.2", "qwen2", "qwen2-tied", "mistral"])
 def test_two_ranks_compute_what_one_does(kind: str, tmp_path: Path) -> None:
     reference(kind).save_pretrained(tmp_path)
     whole = load(tmp_path)
