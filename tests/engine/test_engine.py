@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import MistralForCausalLM
 
 from aquiline.core.errors import AquilineError
 from aquiline.core.outputs import CompletionOutput, RequestOutput
@@ -271,6 +270,8 @@ def test_context_end_at_the_models_own_limit(make: Make) -> None:
 
 
 def test_a_mistral_says_what_transformers_says_up_to_its_window(tmp_path: Path) -> None:
+    from transformers import MistralForCausalLM  # it imports Triton: not before tests/kernels
+
     draft = write_draft(tmp_path / "draft")
     folder = write_target(
         tmp_path / "mistral", mix=0.15, architecture="MistralForCausalLM", sliding_window=60
