@@ -150,3 +150,9 @@ def write_result(path: Path | str | None, payload: Mapping[str, Any]) -> None:
     if path is not None:
         Path(path).write_text(json.dumps(payload, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(payload))
+
+
+def write_section(path: Path | None, name: str, section: Mapping[str, Any]) -> None:
+    """The same for one section of a file, each with its stamp; the file's others stay."""
+    old = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
+    write_result(path, {**old, name: section})

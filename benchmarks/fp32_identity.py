@@ -78,6 +78,8 @@ def divergences(
     for number, (prompt, a, b) in enumerate(zip(prompts, ours, expected, strict=True)):
         at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)
         if at is None:
+            if len(a) != len(b):
+                raise ValueError(f"prompt {number}: one text is the beginning of the other")
             continue
         prefix = [*prompt, *a[:at]]
         logits = next_logits(exact, prefix)

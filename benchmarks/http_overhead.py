@@ -43,9 +43,9 @@ from aquiline.server import logs
 from aquiline.server.app import create_app
 from aquiline.server.settings import Settings
 from aquiline.text.tokenizer import load_tokenizer
-from benchmarks.common import ROOT, fingerprint, stamp
+from benchmarks.common import ROOT, fingerprint, stamp, write_section
 from benchmarks.llama3_tokenizer import read_ranks, write_tokenizer
-from benchmarks.served import command_line, free_port, store
+from benchmarks.served import command_line, free_port
 from benchmarks.shapes import DRAFT_VOCAB, LLAMA_31_8B, TINY, random_models, synthetic
 from benchmarks.speedup_8b import SHARES
 
@@ -311,7 +311,7 @@ def main(given: list[str] | None = None) -> None:
         "repeats": options.repeats, "goal": GOAL,
         "ok": all(held[size] for size in GOAL_AT if size in held), **found,
     }  # fmt: skip
-    store(options.out, "http_overhead", payload)
+    write_section(options.out, "http_overhead", payload)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ import torch
 
 from aquiline.cli.options import BUILT_IN
 from benchmarks import plots
-from benchmarks.common import stamp
-from benchmarks.served import MAIN, command_line, served, store
+from benchmarks.common import stamp, write_section
+from benchmarks.served import MAIN, command_line, served
 
 TRACE = Path("benchmarks/traces/burst.jsonl")
 
@@ -54,7 +54,7 @@ def main(given: list[str] | None = None) -> None:
         "server": server.command, "client": shlex.join(["aquiline", *client]),
         "model": options.model, "trace": str(options.trace), "rows": told["rows"],
     }  # fmt: skip
-    store(options.out, "replay", payload)
+    write_section(options.out, "replay", payload)
     if options.out is not None:
         print(plots.plot(options.out))
 

@@ -1,11 +1,7 @@
-"""``aquiline serve`` as a child process, the memory of its processes, and the file of its results.
-
-``benchmarks/results/serving.json`` is an object of sections, one a benchmark, each with its stamp.
-"""
+"""``aquiline serve`` as a child process, and the memory of its processes."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -14,11 +10,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 
@@ -117,12 +112,3 @@ def _engine_of(server: int) -> int:
 def command_line(benchmark: str, arguments: Sequence[str]) -> str:
     """What to type to run a benchmark so again."""
     return shlex.join(["python", "-m", f"benchmarks.{benchmark}", *arguments])
-
-
-def store(path: Path | None, section: str, payload: Mapping[str, Any]) -> None:
-    """Put a section into the file of results, beside its others, and print it as one JSON line."""
-    if path is not None:
-        sections = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        sections[section] = payload
-        path.write_text(json.dumps(sections, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps({section: payload}))

@@ -32,8 +32,8 @@ import torch
 
 from aquiline.cli.options import BUILT_IN
 from aquiline.evaluation.client import Endpoint, events
-from benchmarks.common import stamp
-from benchmarks.served import Served, command_line, gauge, served, store
+from benchmarks.common import stamp, write_section
+from benchmarks.served import Served, command_line, gauge, served
 
 KINDS = (
     "plain",
@@ -307,7 +307,7 @@ def main(given: list[str] | None = None) -> None:
         "ok": outcomes["complete"] == expected and not different and not any(left.values())
         and not any(left_after.values()),
     }  # fmt: skip
-    store(options.out, "load", payload)
+    write_section(options.out, "load", payload)
 
 
 if __name__ == "__main__":

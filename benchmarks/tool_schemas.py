@@ -50,7 +50,7 @@ from aquiline.models.llama import Llama
 from aquiline.models.registry import resolve
 from aquiline.speculation.tree import TreeShape
 from aquiline.text.tokenizer import Tokenizer, load_tokenizer
-from benchmarks.common import stamp, write_result
+from benchmarks.common import stamp, write_section
 from benchmarks.fp32_identity import TOLERANCE, Perturb, divergences
 from benchmarks.seed_identity import perturbing
 
@@ -360,12 +360,6 @@ def schemas(calls: Sequence[ToolCall], options: argparse.Namespace) -> dict[str,
         "failures": compiled.failures, "vocabulary": tokenizer.vocab_size,
         "compile_ms": quantiles(compiled.milliseconds), "mask_us_a_node": quantiles(masks),
     }  # fmt: skip
-
-
-def write_section(path: Path | None, name: str, section: Mapping[str, Any]) -> None:
-    """The file's other section stays."""
-    old = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else {}
-    write_result(path, {**old, name: section})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 
 from aquiline.core.errors import DataError
 from aquiline.core.outputs import CompletionOutput
+from benchmarks.common import write_section
 from benchmarks.tool_schemas import (
     FILES,
     compile_all,
@@ -21,7 +22,6 @@ from benchmarks.tool_schemas import (
     tool_calls,
     under_the_form,
     verdict,
-    write_section,
 )  # fmt: skip
 from tests.guided.forms import END, VOCAB, accepts, compiled, grammars
 from tests.tiny_checkpoint import write_draft, write_target
